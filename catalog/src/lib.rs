@@ -3,3 +3,4 @@
 //! [`store`] is the one way to objects, local or in a cloud. Everything else here reads and writes through it.
 
 pub mod store;
+pub mod volume;

@@ -1,0 +1,27 @@
+//! One volume's objects in the store: header, log, checkpoints, segment indexes.
+//!
+//! ```text
+//! v1/authority/volumes/<machine>/<hash of name>   name claim: which volume a machine calls by a name
+//! v1/volumes/<uuid>/header                        compare-and-swapped
+//! v1/volumes/<uuid>/log/<20 digits>               create-if-absent, one after the other: the volume's history
+//! v1/volumes/<uuid>/checkpoints/<20 digits>       create-if-absent: summary of the log up to that entry
+//! v1/volumes/<uuid>/segments/<ulid>               records, immutable
+//! ```
+//!
+//! Promises: what is read is checked (checksum, place, previous digest, parent, signature) before it is believed, and an error
+//! names the object; the head is found by reading, listings are hints; of two writers of a log one is told that it lost.
+//! Never: holds a data key, deletes anything.
+
+pub mod checkpoint;
+#[cfg(any(test, feature = "fixture"))]
+pub mod fixture;
+pub mod header;
+pub mod history;
+pub mod log;
+pub mod paths;
+pub mod segment;
+mod writer;
+
+pub use checkpoint::{VolumeView, open_view};
+pub use log::{LogError, LogPosition, LogReader, ReadEntry};
+pub use writer::{Appended, LogWriter};

@@ -1,0 +1,1 @@
+//! Sender state files: page hashes and journal. (being written)

@@ -1,0 +1,5 @@
+mod golden;
+mod properties;
+mod samples;
+
+pub(crate) use samples::*;

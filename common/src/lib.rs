@@ -1,0 +1,19 @@
+//! Blockferry's shared core.
+//!
+//! Pure modules (no sockets, files, wall clock or OS randomness): [`ids`], [`units`], [`limits`], [`error`], [`format`],
+//! [`seal`], [`session`]. Impure rim: [`budget`] (reads cgroups), [`clock`] and [`rng`] (the handles through which time and
+//! chance enter), [`net`] (QUIC, TLS identity, generated gRPC types) and [`ops`] (logs, metrics endpoint, exit codes).
+//! `tests/tidy.rs` keeps the line.
+
+pub mod budget;
+pub mod clock;
+pub mod error;
+pub mod format;
+pub mod ids;
+pub mod limits;
+pub mod net;
+pub mod ops;
+pub mod rng;
+pub mod seal;
+pub mod session;
+pub mod units;

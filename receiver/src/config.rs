@@ -1,0 +1,315 @@
+//! The receiver's configuration: flags over environment over the TOML file over defaults, validated into a value that can't
+//! be wrong. Nobody reads flags or environment after this.
+
+use std::fmt;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::budget::{self, Budget, BudgetError, MemoryTable};
+use common::limits;
+use common::net::quic::{Congestion, QuicTuning};
+use common::net::resolve::{HostPort, PORT_DEFAULT};
+use common::ops::logging::{LogFormat, LogLevel};
+use common::units::{BudgetSpec, ByteCount, DurationText};
+use serde::Deserialize;
+
+use crate::cli::{CONFIG_DEFAULT, FleetArgs, RunArgs};
+
+const METRICS_PORT_DEFAULT: u16 = 9464;
+/// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle receiver, rounded up.
+const BASE_BYTES: u64 = 16 << 20;
+/// Share of the budget for RocksDB and the stage's index, as a divisor.
+const STAGE_SHARE: u64 = 4;
+/// Share of the budget for unread bytes of QUIC streams, as a divisor.
+const QUIC_SHARE: u64 = 8;
+/// Share of the budget for segments under construction and upload, as a divisor.
+const SEGMENT_SHARE: u64 = 4;
+/// Smallest stage: a full epoch must fit under the low mark.
+const STAGE_CAPACITY_MIN: ByteCount = ByteCount(64 << 20);
+/// Largest stage that is chosen unasked.
+const STAGE_CAPACITY_DEFAULT_MAX: u64 = 64 << 30;
+
+/// What is wrong with the configuration. All of it is exit code 2.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file can't be read.
+    #[error("cannot read the configuration {}: {source}; check --config", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// The system's error.
+        source: std::io::Error,
+    },
+    /// The file's content is wrong.
+    #[error("configuration {}: {problem}", path.display())]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What and where.
+        problem: String,
+    },
+    /// Values that do not fit together.
+    #[error("{0}")]
+    Invalid(String),
+    /// The memory budget does not fit.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+}
+
+/// The TOML file: flag names with underscores.
+#[derive(Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct FileConfig {
+    data_dir: Option<PathBuf>,
+    store: Option<String>,
+    listen: Option<SocketAddr>,
+    advertise: Option<String>,
+    metrics_listen: Option<SocketAddr>,
+    stage_capacity: Option<ByteCount>,
+    memory_budget: Option<BudgetSpec>,
+    segment_size: Option<ByteCount>,
+    segment_linger: Option<DurationText>,
+    upload_concurrency: Option<usize>,
+    congestion: Option<String>,
+    name: Option<String>,
+    /// `--log-level`.
+    pub log_level: Option<LogLevel>,
+    /// `--log-format`.
+    pub log_format: Option<LogFormat>,
+}
+
+impl FileConfig {
+    /// Reads `path`, or the default place if there is a file there.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unreadable`], [`ConfigError::Malformed`].
+    pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
+        let (path, chosen) = path.map_or((Path::new(CONFIG_DEFAULT), false), |path| (path, true));
+        let text = match std::fs::read_to_string(path) {
+            Ok(text) => text,
+            Err(error) if !chosen && error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
+            Err(source) => return Err(ConfigError::Unreadable { path: path.into(), source }),
+        };
+        toml::from_str(&text)
+            .map_err(|error| ConfigError::Malformed { path: path.into(), problem: error.to_string().trim().to_owned() })
+    }
+}
+
+/// Where the fleet is kept: what every command needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct FleetConfig {
+    /// The receiver's own directory.
+    pub data_dir: PathBuf,
+    /// The store's URL.
+    pub store: String,
+}
+
+impl FleetConfig {
+    /// Merges and validates.
+    ///
+    /// # Errors
+    /// [`ConfigError::Invalid`] where one is missing.
+    pub fn resolve(args: &FleetArgs, file: &FileConfig) -> Result<Self, ConfigError> {
+        let missing = |flag: &str, example: &str| ConfigError::Invalid(format!("{flag} is missing: pass {flag} {example}"));
+        let data_dir = args.data_dir.clone().or_else(|| file.data_dir.clone());
+        let store = args.store.clone().or_else(|| file.store.clone());
+        Ok(Self {
+            data_dir: data_dir.ok_or_else(|| missing("--data-dir", "DIR, such as /var/lib/blockferry/receiver"))?,
+            store: store.ok_or_else(|| missing("--store", "URL, such as file:///srv/blockferry"))?,
+        })
+    }
+}
+
+/// A validated configuration of `run`.
+#[derive(Debug, Clone)]
+pub struct RunConfig {
+    /// Where the fleet is kept.
+    pub fleet: FleetConfig,
+    /// QUIC and gRPC.
+    pub listen: SocketAddr,
+    /// How senders reach this receiver, where somebody said so.
+    pub advertise: Option<HostPort>,
+    /// Metrics endpoint, and whether somebody chose it.
+    pub metrics_listen: (SocketAddr, bool),
+    /// Most bytes of the stage; `None` where it is to be derived from the free space of its disk.
+    pub stage_capacity: Option<ByteCount>,
+    /// Size of a segment.
+    pub segment_bytes: u64,
+    /// How long epochs without a point may wait to share a segment.
+    pub segment_linger: Duration,
+    /// Segments uploaded at once.
+    pub upload_concurrency: usize,
+    /// QUIC's settings.
+    pub quic: QuicTuning,
+    /// This receiver's name.
+    pub name: String,
+    /// How the memory budget is divided.
+    pub memory: MemoryTable,
+    /// Of it, for RocksDB and the stage's index.
+    pub stage_memory_bytes: u64,
+    /// Of it, for segments under construction and upload.
+    pub segment_memory_bytes: u64,
+}
+
+impl RunConfig {
+    /// Merges and validates.
+    ///
+    /// # Errors
+    /// [`ConfigError`], whose text names the flag and what it takes.
+    pub fn resolve(args: &RunArgs, file: &FileConfig) -> Result<Self, ConfigError> {
+        let invalid = |problem: String| ConfigError::Invalid(problem);
+        let spec = args.memory.effective(file.memory_budget);
+        let total = budget::resolve(spec, &budget::effective_memory()?)?.bytes();
+        let quic_bytes = (total / QUIC_SHARE).clamp(8 << 20, 64 << 20);
+        let stage_memory_bytes = (total / STAGE_SHARE).clamp(16 << 20, 512 << 20);
+        let segment_memory_bytes = (total / SEGMENT_SHARE).clamp(16 << 20, 1 << 30);
+        let memory = MemoryTable::new(total)
+            .with("program", BASE_BYTES)
+            .with("stage (RocksDB, index)", stage_memory_bytes)
+            .with("QUIC receive windows", quic_bytes)
+            .with("segments under upload", segment_memory_bytes);
+        Budget::new(memory.clone())?;
+
+        let (least, most) = (ByteCount(limits::SEGMENT_BYTES_MIN), ByteCount(limits::SEGMENT_BYTES_MAX));
+        let segment = args.segment_size.or(file.segment_size).unwrap_or(ByteCount(limits::SEGMENT_BYTES_DEFAULT));
+        if segment < least || segment > most {
+            return Err(invalid(format!("--segment-size {segment}: expected {least} to {most}")));
+        }
+        let concurrency = args.upload_concurrency.or(file.upload_concurrency).unwrap_or(4);
+        if concurrency == 0 || concurrency > 64 {
+            return Err(invalid(format!("--upload-concurrency {concurrency}: expected 1 to 64")));
+        }
+        let stage_capacity = args.stage_capacity.or(file.stage_capacity);
+        if let Some(capacity) = stage_capacity.filter(|&capacity| capacity < STAGE_CAPACITY_MIN) {
+            return Err(invalid(format!("--stage-capacity {capacity}: expected at least {STAGE_CAPACITY_MIN}")));
+        }
+        let congestion: Congestion = match (args.congestion, &file.congestion) {
+            (Some(congestion), _) => congestion,
+            (None, Some(text)) => text.parse().map_err(|error| invalid(format!("congestion: {error}")))?,
+            (None, None) => Congestion::default(),
+        };
+        let advertise = match (&args.advertise, &file.advertise) {
+            (Some(advertise), _) => Some(advertise.clone()),
+            (None, Some(text)) => Some(text.parse().map_err(|error| invalid(format!("advertise: {error}")))?),
+            (None, None) => None,
+        };
+        let name = args.name.clone().or_else(|| file.name.clone()).unwrap_or_else(host_name);
+        common::net::identity::check_name(&name).map_err(|error| invalid(format!("--name: {error}")))?;
+        let quic = QuicTuning {
+            connection_window_bytes: u32::try_from(quic_bytes / 2).unwrap_or(8 << 20).min(8 << 20),
+            stream_window_bytes: u32::try_from(quic_bytes / 4).unwrap_or(4 << 20).min(4 << 20),
+            send_window_bytes: 1 << 20,
+            congestion,
+            ..QuicTuning::default()
+        };
+        let chosen = args.metrics_listen.or(file.metrics_listen);
+        Ok(Self {
+            fleet: FleetConfig::resolve(&args.fleet, file)?,
+            listen: args.listen.or(file.listen).unwrap_or(SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT_DEFAULT))),
+            advertise,
+            metrics_listen: (
+                chosen.unwrap_or(SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT_DEFAULT))),
+                chosen.is_some(),
+            ),
+            stage_capacity,
+            // A segment is held in memory until it is stored, so a small budget makes smaller ones.
+            segment_bytes: segment.bytes().min(segment_memory_bytes / 2),
+            segment_linger: args.segment_linger.or(file.segment_linger).map_or(Duration::from_secs(1), DurationText::get),
+            upload_concurrency: concurrency,
+            quic,
+            name,
+            memory,
+            stage_memory_bytes,
+            segment_memory_bytes,
+        })
+    }
+
+    /// The stage's capacity on a disk with `free_bytes` free: what was asked for, or half of what is free.
+    #[must_use]
+    pub fn stage_capacity_on(&self, free_bytes: u64) -> ByteCount {
+        self.stage_capacity
+            .unwrap_or(ByteCount((free_bytes / 2).clamp(STAGE_CAPACITY_MIN.bytes(), STAGE_CAPACITY_DEFAULT_MAX)))
+    }
+}
+
+fn host_name() -> String {
+    let name = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    if common::net::identity::check_name(&name).is_ok() { name } else { "receiver".to_owned() }
+}
+
+impl fmt::Display for RunConfig {
+    /// The effective configuration as TOML, then the memory table as comments.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "data_dir = {:?}", self.fleet.data_dir)?;
+        writeln!(f, "store = {:?}", self.fleet.store)?;
+        writeln!(f, "listen = \"{}\"", self.listen)?;
+        if let Some(advertise) = &self.advertise {
+            writeln!(f, "advertise = \"{advertise}\"")?;
+        }
+        writeln!(f, "metrics_listen = \"{}\"", self.metrics_listen.0)?;
+        match self.stage_capacity {
+            Some(capacity) => writeln!(f, "stage_capacity = {:?}", capacity.exact())?,
+            None => writeln!(f, "# stage_capacity: half of what is free on its disk")?,
+        }
+        writeln!(f, "memory_budget = {:?}", ByteCount(self.memory.total()).exact())?;
+        if self.segment_bytes >= limits::SEGMENT_BYTES_MIN {
+            writeln!(f, "segment_size = {:?}", ByteCount(self.segment_bytes).exact())?;
+        } else {
+            writeln!(f, "# segment_size: {}, as the memory budget allows", ByteCount(self.segment_bytes))?;
+        }
+        writeln!(f, "segment_linger = {:?}", DurationText(self.segment_linger).exact())?;
+        writeln!(f, "upload_concurrency = {}", self.upload_concurrency)?;
+        let congestion = if self.quic.congestion == Congestion::Cubic { "cubic" } else { "bbr" };
+        writeln!(f, "congestion = \"{congestion}\"")?;
+        writeln!(f, "name = {:?}\n", self.name)?;
+        self.memory.to_string().lines().try_for_each(|line| writeln!(f, "# {line}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    use crate::cli::{Cli, Command};
+
+    fn resolve(flags: &[&str], file: &str) -> Result<RunConfig, ConfigError> {
+        let cli = Cli::try_parse_from(["blockferry-receiver", "run"].iter().chain(flags)).expect("flags parse");
+        let Command::Run(args) = cli.command else { panic!("run was given") };
+        RunConfig::resolve(&args, &toml::from_str(file).expect("the file parses"))
+    }
+
+    const FLEET: [&str; 4] = ["--data-dir", "/d", "--store", "file:///s"];
+
+    #[test]
+    fn flags_override_the_file_and_the_result_reads_back_the_same() {
+        let flags = [&FLEET[..], &["--segment-size", "64MiB", "--memory-budget", "512MiB"]].concat();
+        let config = resolve(&flags, "segment_size = \"16MiB\"\nname = \"ps-1\"\n").expect("valid");
+        assert_eq!((config.segment_bytes, config.name.as_str()), (64 << 20, "ps-1"));
+        let again = resolve(&[], &config.to_string()).expect("what is printed is valid");
+        assert_eq!(again.to_string(), config.to_string());
+    }
+
+    #[test]
+    fn the_smallest_budget_still_leaves_room_for_payload_and_a_segment() {
+        let config = resolve(&[&FLEET[..], &["--memory-budget", "64MiB"]].concat(), "").expect("valid");
+        assert!(config.memory.payload() >= 4 << 20, "{}", config.memory);
+        assert!(config.segment_bytes >= 8 << 20);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (flags, named) in [
+            (&["--data-dir", "/d"][..], "--store"),
+            (&["--store", "file:///s"], "--data-dir"),
+            (&["--data-dir", "/d", "--store", "file:///s", "--segment-size", "1MiB"], "--segment-size"),
+            (&["--data-dir", "/d", "--store", "file:///s", "--stage-capacity", "1MiB"], "--stage-capacity"),
+            (&["--data-dir", "/d", "--store", "file:///s", "--memory-budget", "1MiB"], "64"),
+            (&["--data-dir", "/d", "--store", "file:///s", "--name", "a b"], "--name"),
+        ] {
+            let error = resolve(flags, "").expect_err("invalid").to_string();
+            assert!(error.contains(named), "{error:?} does not name {named}");
+        }
+    }
+}
