@@ -20,6 +20,8 @@ pub mod history;
 pub mod log;
 pub mod paths;
 pub mod segment;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 pub use checkpoint::{VolumeView, open_view};
