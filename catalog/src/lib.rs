@@ -2,5 +2,6 @@
 //!
 //! [`store`] is the one way to objects, local or in a cloud. Everything else here reads and writes through it.
 
+pub mod fleet;
 pub mod store;
 pub mod volume;
