@@ -263,6 +263,16 @@ pub fn check_close(header: &VolumeHeader, path: &str, head: Option<&Close>, clos
     if epoch <= head_epoch {
         return Err(LogError::NotGrowing { path: path(), what: "epoch", found: epoch.0, before: head_epoch.0 });
     }
+    check_close_alone(header, &path(), close)
+}
+
+/// As [`check_close`], without looking at what it follows.
+///
+/// # Errors
+/// [`LogError::ForeignClose`], [`LogError::Signature`].
+pub fn check_close_alone(header: &VolumeHeader, path: &str, close: &Close) -> Result<(), LogError> {
+    let statement = close.statement();
+    let (path, epoch) = (|| path.to_owned(), statement.epoch);
     let foreign = |what| Err(LogError::ForeignClose { path: path(), epoch, what });
     if statement.volume != header.volume {
         return foreign("another volume");
