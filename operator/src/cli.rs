@@ -1,0 +1,265 @@
+//! The command line, and the one exit path.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::ExitCode as ProcessExit;
+use std::sync::LazyLock;
+
+use catalog::store::{Store, StoreOptions};
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use common::budget::{effective_memory, resolve};
+use common::ids::CloseId;
+use common::limits::MEMORY_BUDGET_BYTES_MIN;
+use common::ops::cli::{LogArgs, MemoryArgs, version_text};
+use common::ops::exit::{ExitCode, report_error};
+use common::ops::{logging, panic_guard};
+
+use crate::error::OperatorError;
+use crate::restore::{self, RestoreError, RestoreRequest};
+use crate::select::{PointWanted, parse_close};
+use crate::verify::{self, VerifyRequest};
+use crate::{points, volumes};
+
+const EXAMPLES: &str = "Examples:
+  blockferry points --store s3://backups/site-a --volume web-1/root
+  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img
+  blockferry restore --store file:///srv/store --volume root --point 2026-01-31T12:00:00Z --key-file blockferry.key --to /dev/sdb
+  blockferry verify --store file:///srv/store --volume root --key-file blockferry.key";
+
+/// Lists, restores and verifies recovery points from the object store alone
+#[derive(Debug, Parser)]
+#[command(name = "blockferry", version = VERSION.as_str(), after_help = EXAMPLES, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+    #[command(flatten)]
+    log: LogArgs,
+}
+
+#[derive(Debug, Args)]
+struct StoreArgs {
+    /// The object store: file:///path, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix
+    #[arg(long, value_name = "URL", env = "BLOCKFERRY_STORE")]
+    store: String,
+    /// Further certificate authorities (PEM) to trust for the store's endpoint
+    #[arg(long, value_name = "FILE", env = "BLOCKFERRY_STORE_CA")]
+    store_ca: Option<PathBuf>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    Raw,
+    Qcow2,
+    Vhd,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// List recovery points, oldest first
+    #[command(
+        after_help = "Examples:\n  blockferry points --store file:///srv/store\n  blockferry points --store file:///srv/store --volume web-1/root --json"
+    )]
+    Points {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// NAME, MACHINE/NAME or UUID [default: all volumes]
+        #[arg(long, value_name = "VOLUME")]
+        volume: Option<String>,
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Restore a recovery point to a new file or a block device
+    #[command(
+        after_help = "Examples:\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to /dev/sdb --dry-run\n\nAn interrupted restore goes on where it stopped when the same command is run again."
+    )]
+    Restore {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// NAME, MACHINE/NAME or UUID
+        #[arg(long, value_name = "VOLUME")]
+        volume: String,
+        /// latest (never a fuzzy point), latest-any, a point's id or its first digits, or a time with offset (the newest not after it)
+        #[arg(long, value_name = "POINT", default_value = "latest")]
+        point: String,
+        /// The key file made when the machine was registered, or a copy
+        #[arg(long, value_name = "FILE", env = "BLOCKFERRY_KEY_FILE")]
+        key_file: PathBuf,
+        /// New file, or block device
+        #[arg(long, value_name = "FILE|DEVICE")]
+        to: PathBuf,
+        /// Image format of a file
+        #[arg(long, value_enum, default_value_t = Format::Raw)]
+        format: Format,
+        /// Check everything and show what would be written; write nothing
+        #[arg(long)]
+        dry_run: bool,
+        /// Replace an existing file; overwrite a device that is mounted or not empty
+        #[arg(long)]
+        force: bool,
+        /// Where the progress of restores to devices is kept
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/blockferry/restore")]
+        state_dir: PathBuf,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        memory: MemoryArgs,
+    },
+    /// Read every object of a volume and check it; with the key, open every record
+    #[command(
+        after_help = "Examples:\n  blockferry verify --store file:///srv/store --volume root\n  blockferry verify --store file:///srv/store --volume root --key-file blockferry.key --expect-head CLOSE"
+    )]
+    Verify {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// NAME, MACHINE/NAME or UUID
+        #[arg(long, value_name = "VOLUME")]
+        volume: String,
+        /// all, or one point as in restore
+        #[arg(long, value_name = "POINT", default_value = "all")]
+        point: String,
+        /// The machine's key file: also open and authenticate every record
+        #[arg(long, value_name = "FILE", env = "BLOCKFERRY_KEY_FILE")]
+        key_file: Option<PathBuf>,
+        /// A close that must be in the log (restore and verify print the head): shows that no newer history was removed
+        #[arg(long, value_name = "CLOSE", value_parser = parse_close)]
+        expect_head: Option<CloseId>,
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        memory: MemoryArgs,
+    },
+    /// Look at the volumes in the store
+    Volume {
+        #[command(subcommand)]
+        command: VolumeCommand,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum VolumeCommand {
+    /// List volumes by machine and name
+    #[command(after_help = "Examples:\n  blockferry volume list --store file:///srv/store --json")]
+    List {
+        #[command(flatten)]
+        store: StoreArgs,
+        /// Print a JSON array
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+static VERSION: LazyLock<String> = LazyLock::new(version);
+
+fn version() -> String {
+    use common::format::{checkpoint, close, log, record, segment, volume_header};
+    let formats: [(&str, u32); 6] = [
+        ("record", record::VERSION.into()),
+        ("close", close::KIND.version.into()),
+        ("segment", segment::VERSION.into()),
+        ("log entry", log::KIND.version.into()),
+        ("checkpoint", checkpoint::KIND.version.into()),
+        ("volume header", volume_header::KIND.version.into()),
+    ];
+    version_text(env!("CARGO_PKG_VERSION"), 1..=1, &formats)
+}
+
+/// Runs the tool on the process's arguments.
+#[must_use]
+pub fn main() -> ProcessExit {
+    panic_guard::install();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version are no errors and go to standard output.
+            let code = if error.use_stderr() { ExitCode::Usage } else { ExitCode::Ok };
+            let _ = error.print();
+            return code.into();
+        }
+    };
+    match start(cli) {
+        Ok(()) => ExitCode::Ok.into(),
+        // Whoever read our output has seen enough.
+        Err(OperatorError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok.into(),
+        Err(error) => {
+            report_error(&error);
+            error.exit().into()
+        }
+    }
+}
+
+fn start(cli: Cli) -> Result<(), OperatorError> {
+    // Unlike a daemon, a tool speaks of what surprises only, unless asked.
+    let (level, format) = cli.log.effective("warn".parse().ok(), None);
+    logging::init(&level, format)?;
+    common::net::tls::install_provider();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(OperatorError::Runtime)?;
+    runtime.block_on(run(cli.command))
+}
+
+async fn run(command: Command) -> Result<(), OperatorError> {
+    let mut out = std::io::stdout();
+    match command {
+        Command::Points { store, volume, json } => {
+            points::run(&open(store).await?, volume.as_deref(), json, &mut out).await?;
+        }
+        Command::Restore { store, volume, point, key_file, to, format, dry_run, force, state_dir, json, memory } => {
+            let point = point.parse()?;
+            if format != Format::Raw {
+                let format = if format == Format::Vhd { "vhd" } else { "qcow2" }.to_owned();
+                return Err(RestoreError::Format { format }.into());
+            }
+            let budget_bytes = budget(memory)?;
+            let request = RestoreRequest { volume, point, key_file, to, dry_run, force, state_dir, json, budget_bytes };
+            restore::run(&open(store).await?, &request, &mut out).await?;
+        }
+        Command::Verify { store, volume, point, key_file, expect_head, json, memory } => {
+            let point = match point.as_str() {
+                "all" => None,
+                text => Some(text.parse::<PointWanted>()?),
+            };
+            let budget_bytes = budget(memory)?;
+            let request = VerifyRequest { volume, point, key_file, expect_head, json, budget_bytes };
+            verify::run(&open(store).await?, &request, &mut out).await?;
+        }
+        Command::Volume { command: VolumeCommand::List { store, json } } => {
+            volumes::list(&open(store).await?, json, &mut out).await?;
+        }
+    }
+    out.flush().map_err(OperatorError::Output)
+}
+
+async fn open(args: StoreArgs) -> Result<Store, OperatorError> {
+    let read = |path: PathBuf| {
+        std::fs::read(&path).map_err(|source| OperatorError::File { path: path.display().to_string(), source })
+    };
+    let ca_pem = args.store_ca.map(read).transpose()?;
+    Ok(Store::open_with(&args.store, StoreOptions { ca_pem }).await?)
+}
+
+/// The budget asked for; by default the share of memory that every process takes, but never less than the minimum, since
+/// this tool is run on small rescue systems too.
+fn budget(memory: MemoryArgs) -> Result<u64, OperatorError> {
+    let effective = effective_memory()?;
+    match memory.memory_budget {
+        Some(spec) => Ok(resolve(spec, &effective)?.0),
+        None => {
+            let share = resolve(memory.effective(None), &effective).map_or(MEMORY_BUDGET_BYTES_MIN, |bytes| bytes.0);
+            Ok(share)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent_and_its_version_tells_the_formats() {
+        Cli::command().debug_assert();
+        assert!(version().contains("protocol 1; formats: record 1"), "{}", version());
+    }
+}

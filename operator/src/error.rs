@@ -1,0 +1,95 @@
+//! Every way in which a command ends badly, and its exit code.
+
+use catalog::store::StoreError;
+use catalog::volume::LogError;
+use catalog::volume::header::HeaderError;
+use common::budget::BudgetError;
+use common::error::{Dispose, Disposition};
+use common::ops::exit::ExitCode;
+use common::ops::logging::LoggingError;
+
+use crate::epochs::EpochError;
+use crate::keys::KeyError;
+use crate::restore::RestoreError;
+use crate::select::SelectError;
+use crate::verify::VerifyError;
+
+/// Why a command failed. The text is the last line on standard error: it names the thing and the next step.
+#[derive(Debug, thiserror::Error)]
+pub enum OperatorError {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A header or name.
+    #[error(transparent)]
+    Header(#[from] HeaderError),
+    /// The log.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// An epoch's metadata.
+    #[error(transparent)]
+    Epoch(#[from] EpochError),
+    /// No such point.
+    #[error(transparent)]
+    Select(#[from] SelectError),
+    /// The key file.
+    #[error(transparent)]
+    Key(#[from] KeyError),
+    /// Restoring.
+    #[error(transparent)]
+    Restore(#[from] RestoreError),
+    /// Verifying found something.
+    #[error(transparent)]
+    Verify(#[from] VerifyError),
+    /// The memory budget.
+    #[error(transparent)]
+    Budget(#[from] BudgetError),
+    /// Logs.
+    #[error(transparent)]
+    Logging(#[from] LoggingError),
+    /// A file named on the command line.
+    #[error("{path}: {source}: check the path and its permissions")]
+    File {
+        /// Which.
+        path: String,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Standard output is gone.
+    #[error("cannot write to standard output: {0}")]
+    Output(std::io::Error),
+    /// No async runtime.
+    #[error("cannot start threads: {0}: raise the limit of tasks")]
+    Runtime(std::io::Error),
+}
+
+impl OperatorError {
+    /// The exit code that scripts see.
+    #[must_use]
+    pub fn exit(&self) -> ExitCode {
+        match self {
+            Self::Header(HeaderError::Ambiguous { .. }) | Self::Logging(_) => ExitCode::Usage,
+            Self::Store(StoreError::Url { .. }) => ExitCode::Usage,
+            Self::Budget(BudgetError::BelowMinimum { .. } | BudgetError::AboveEffective { .. }) => ExitCode::Usage,
+            Self::Select(SelectError::BadText { .. }) | Self::Restore(RestoreError::Format { .. }) => ExitCode::Usage,
+            _ => ExitCode::Failed,
+        }
+    }
+}
+
+impl Dispose for OperatorError {
+    fn disposition(&self) -> Disposition {
+        match self {
+            Self::Store(error) => error.disposition(),
+            Self::Header(error) => error.disposition(),
+            Self::Log(error) => error.disposition(),
+            Self::Epoch(error) => error.disposition(),
+            Self::Verify(_) => Disposition::Corrupt,
+            Self::Restore(error) => error.disposition(),
+            Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
+                Disposition::BadInput
+            }
+            Self::Output(_) | Self::Runtime(_) => Disposition::Retry,
+        }
+    }
+}

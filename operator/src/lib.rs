@@ -1,0 +1,16 @@
+//! The operator's tool: lists, restores and verifies recovery points from the store alone.
+//!
+//! Everything that decides what a restore takes is read from the log and the segments' indexes and checked against the signed
+//! closes: the checkpoint, which nobody countersigns yet, is not asked (decision 0004).
+
+pub mod cli;
+pub mod epochs;
+pub mod error;
+pub mod keys;
+pub mod points;
+pub mod restore;
+pub mod select;
+#[cfg(test)]
+mod testing;
+pub mod verify;
+pub mod volumes;

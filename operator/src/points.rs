@@ -1,0 +1,112 @@
+//! `blockferry points`: the recovery points of one volume or of all.
+
+use std::io::Write;
+
+use catalog::store::Store;
+use catalog::volume::header;
+use catalog::volume::history::History;
+use common::format::checkpoint::PointSummary;
+use common::format::volume_header::VolumeHeader;
+use common::units::ByteCount;
+
+use crate::error::OperatorError;
+use crate::volumes::Table;
+
+/// Digits of an id shown in the table; `--point` takes them.
+const ID_DIGITS: usize = 16;
+
+/// One point, as `--json` prints it.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct PointRow {
+    /// Its id: the close that asserts it.
+    pub id: String,
+    /// Machine's name.
+    pub machine: String,
+    /// Volume's name.
+    pub volume: String,
+    /// Epoch.
+    pub epoch: u64,
+    /// When it was cut, RFC 3339 in UTC.
+    pub time: String,
+    /// `fuzzy`, `crash`, `filesystem` or `application`.
+    pub consistency: &'static str,
+    /// Bytes of records since the point before.
+    pub bytes_new: u64,
+    /// When it was committed, RFC 3339 in UTC.
+    pub committed: String,
+    /// What proves it: `signed` says that its close, and every close before it, carries the signature of the volume's key and
+    /// names its parent. Points that lack this are never listed.
+    pub proof: &'static str,
+}
+
+impl PointRow {
+    fn new(header: &VolumeHeader, point: &PointSummary) -> Self {
+        Self {
+            id: point.id.to_string(),
+            machine: header.machine_name.clone(),
+            volume: header.name.clone(),
+            epoch: point.epoch.0,
+            time: point.cut_time.to_string(),
+            consistency: point.consistency.as_str(),
+            bytes_new: point.new_bytes,
+            committed: point.committed.to_string(),
+            proof: "signed",
+        }
+    }
+}
+
+/// Lists the points of `volume`, or of all volumes, oldest first.
+///
+/// # Errors
+/// [`OperatorError`], also where any log is damaged.
+pub async fn run(
+    store: &Store,
+    volume: Option<&str>,
+    json: bool,
+    out: &mut (dyn Write + Send),
+) -> Result<(), OperatorError> {
+    let headers = match volume {
+        Some(text) => vec![header::find(store, text).await?.header],
+        None => {
+            let (headers, mut errors) = header::list(store).await?;
+            if !errors.is_empty() {
+                return Err(errors.swap_remove(0).into());
+            }
+            headers
+        }
+    };
+    let mut points = Vec::new();
+    for header in &headers {
+        let history = History::read(store, header).await?;
+        points.extend(
+            history.points().into_iter().map(|point| (point.cut_time, point.epoch, PointRow::new(header, &point))),
+        );
+    }
+    // A volume's own order is that of its epochs; several are interleaved by time.
+    if headers.len() > 1 {
+        points.sort_by_key(|(time, epoch, _)| (*time, *epoch));
+    }
+    let rows: Vec<PointRow> = points.into_iter().map(|(_, _, row)| row).collect();
+    print(&rows, json, out).map_err(OperatorError::Output)
+}
+
+fn print(rows: &[PointRow], json: bool, out: &mut (dyn Write + Send)) -> std::io::Result<()> {
+    if json {
+        serde_json::to_writer_pretty(&mut *out, rows)?;
+        return writeln!(out);
+    }
+    let mut table = Table::new(&["VOLUME", "EPOCH", "TIME", "CONSISTENCY", "NEW", "COMMITTED", "PROOF", "ID"]);
+    for row in rows {
+        table.row(vec![
+            format!("{}/{}", row.machine, row.volume),
+            row.epoch.to_string(),
+            row.time.clone(),
+            row.consistency.to_owned(),
+            ByteCount(row.bytes_new).to_string(),
+            row.committed.clone(),
+            row.proof.to_owned(),
+            row.id[..ID_DIGITS].to_owned(),
+        ]);
+    }
+    table.print(out)
+}

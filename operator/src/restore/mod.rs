@@ -1,0 +1,327 @@
+//! `blockferry restore`: one recovery point to a file or a device.
+//!
+//! Order: find the volume, read and check its whole log, choose the point, open the data key (a wrong key ends here, before
+//! anything is written), plan all of the disk from the epochs' proven metadata (an incomplete point ends here), open
+//! the target (what must not be overwritten ends here), then fetch and write. What is on the target in the end was
+//! authenticated record by record.
+
+pub mod device;
+pub mod fetch;
+pub mod plan;
+pub mod state;
+pub mod target;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Instant;
+
+use catalog::store::Store;
+use catalog::volume::header;
+use catalog::volume::history::History;
+use common::budget::{Budget, MemoryTable};
+use common::error::{Dispose, Disposition};
+use common::format::checkpoint::PointSummary;
+use common::ids::Geometry;
+use common::ops::progress::Progress;
+use common::seal::DataKey;
+use common::units::ByteCount;
+use futures::StreamExt as _;
+
+use crate::epochs::{self, EpochError};
+use crate::error::OperatorError;
+use crate::keys::ReadKeyFile;
+use crate::select::PointWanted;
+use fetch::{FetchError, Fetcher};
+use plan::{Plan, PlanError, Planner, WINDOW_BLOCKS};
+use state::RestoreState;
+use target::{Target, TargetError};
+
+/// Epochs whose metadata is read ahead.
+const EPOCHS_AHEAD: usize = 4;
+/// Memory set aside for one window's plan and for indexes being read.
+const PLAN_BYTES: u64 = 24 << 20;
+
+/// Why a restore failed.
+#[derive(Debug, thiserror::Error)]
+pub enum RestoreError {
+    /// No plan.
+    #[error("volume {volume}: {source}")]
+    Plan {
+        /// `MACHINE/NAME`.
+        volume: String,
+        /// Why.
+        source: PlanError,
+    },
+    /// Data could not be fetched, opened or written.
+    #[error(transparent)]
+    Fetch(#[from] FetchError),
+    /// The target.
+    #[error(transparent)]
+    Target(#[from] TargetError),
+    /// A format that is not written yet.
+    #[error("--format {format} is not in this release: use raw, and convert the file with qemu-img")]
+    Format {
+        /// Format asked for.
+        format: String,
+    },
+}
+
+impl Dispose for RestoreError {
+    fn disposition(&self) -> Disposition {
+        match self {
+            Self::Plan { source, .. } => source.disposition(),
+            Self::Fetch(error) => error.disposition(),
+            Self::Target(_) | Self::Format { .. } => Disposition::BadInput,
+        }
+    }
+}
+
+/// What to restore, and where to.
+#[derive(Debug, Clone)]
+pub struct RestoreRequest {
+    /// Name or id of the volume.
+    pub volume: String,
+    /// Which point.
+    pub point: PointWanted,
+    /// The machine's key file.
+    pub key_file: PathBuf,
+    /// File or device.
+    pub to: PathBuf,
+    /// Stop before anything is written.
+    pub dry_run: bool,
+    /// Overwrite.
+    pub force: bool,
+    /// Where the state of restores to devices is kept.
+    pub state_dir: PathBuf,
+    /// Print JSON.
+    pub json: bool,
+    /// Memory to stay within, in bytes.
+    pub budget_bytes: u64,
+}
+
+/// What was restored.
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct RestoreReport {
+    /// Volume's id.
+    pub volume: String,
+    /// Its machine's name.
+    pub machine: String,
+    /// Its name.
+    pub name: String,
+    /// The point's id.
+    pub point: String,
+    /// The point's epoch.
+    pub epoch: u64,
+    /// When the point was cut.
+    pub time: String,
+    /// What it asserts.
+    pub consistency: &'static str,
+    /// The log's newest close when it was read.
+    pub head: String,
+    /// The newest epoch.
+    pub head_epoch: u64,
+    /// Target.
+    pub to: String,
+    /// Bytes of the disk.
+    pub bytes: u64,
+    /// Bytes of it that are not zero pages.
+    pub data_bytes: u64,
+    /// Bytes to be fetched from segments, without indexes.
+    pub fetch_bytes: u64,
+    /// Whether an earlier run was gone on with.
+    pub resumed: bool,
+    /// Whether nothing was written, as asked.
+    pub dry_run: bool,
+    /// Seconds that it took.
+    pub seconds: f64,
+}
+
+/// Everything that planning needs.
+struct Source {
+    store: Store,
+    history: Arc<History>,
+    point: PointSummary,
+    /// Index of the point's epoch.
+    newest: usize,
+    geometry: Geometry,
+    volume: String,
+}
+
+impl Source {
+    /// Plans one window of the disk, newest epoch first, until every page is covered.
+    async fn plan(&self, window: u64) -> Result<Plan, OperatorError> {
+        let mut planner = Planner::new(self.geometry, window * WINDOW_BLOCKS..(window + 1) * WINDOW_BLOCKS);
+        let of_disk =
+            |number: &usize| self.history.epochs[*number].close.statement().incarnation == self.point.incarnation;
+        let numbers: Vec<usize> = (0..=self.newest).rev().filter(of_disk).collect();
+        let mut loaded = futures::stream::iter(numbers)
+            .map(|number| async move {
+                let epoch = &self.history.epochs[number];
+                Ok::<_, EpochError>((number, epochs::load(&self.store, &self.history, epoch).await?))
+            })
+            .buffered(EPOCHS_AHEAD);
+        let failed = |source| RestoreError::Plan { volume: self.volume.clone(), source };
+        while !planner.is_complete()
+            && let Some(epoch) = loaded.next().await
+        {
+            let (number, records) = epoch?;
+            let epoch = self.history.epochs[number].close.statement().epoch;
+            for (segment, entry) in &records {
+                planner.add(number as u32, epoch, *segment, entry).map_err(failed)?;
+            }
+        }
+        Ok(planner.finish(self.point.epoch).map_err(failed)?)
+    }
+
+    fn windows(&self) -> u64 {
+        self.geometry.blocks().div_ceil(WINDOW_BLOCKS)
+    }
+}
+
+/// Restores a point as asked.
+///
+/// # Errors
+/// [`OperatorError`]; the target then is as it was, or known to be unfinished.
+pub async fn run(
+    store: &Store,
+    request: &RestoreRequest,
+    out: &mut (dyn std::io::Write + Send),
+) -> Result<(), OperatorError> {
+    let started = Instant::now();
+    let key_file = ReadKeyFile::read(&request.key_file)?;
+    let stored = header::find(store, &request.volume).await?;
+    let header = &stored.header;
+    let volume = header::full_name(header);
+    let history = Arc::new(History::read(store, header).await?);
+    let point = request.point.choose(&volume, &history.points())?;
+    let data_key = key_file.unlock(header)?;
+    let newest = history.find(point.id).expect("the point was listed from this history");
+    let geometry = Geometry::new(point.disk_bytes).expect("a decoded close has a disk size within limits");
+    let source = Source { store: store.clone(), history: Arc::clone(&history), point, newest, geometry, volume };
+
+    // Every window must be complete before the first byte is written; a disk of one window is planned once.
+    let mut plans = Vec::new();
+    let (mut data_bytes, mut fetch_bytes) = (0, 0);
+    for window in 0..source.windows() {
+        let plan = source.plan(window).await?;
+        data_bytes += plan.data_bytes();
+        fetch_bytes += plan.fetch_bytes();
+        if source.windows() == 1 {
+            plans.push(plan);
+        }
+    }
+    let head = history.position.head.as_ref().expect("a history with a point has a head");
+    let mut report = RestoreReport {
+        volume: header.volume.to_string(),
+        machine: header.machine_name.clone(),
+        name: header.name.clone(),
+        point: point.id.to_string(),
+        epoch: point.epoch.0,
+        time: point.cut_time.to_string(),
+        consistency: point.consistency.as_str(),
+        head: head.id().to_string(),
+        head_epoch: head.statement().epoch.0,
+        to: request.to.display().to_string(),
+        bytes: point.disk_bytes,
+        data_bytes,
+        fetch_bytes,
+        resumed: false,
+        dry_run: request.dry_run,
+        seconds: 0.0,
+    };
+    if !request.dry_run {
+        report.resumed = write(&source, data_key, request, plans, data_bytes).await?;
+    }
+    report.seconds = started.elapsed().as_secs_f64();
+    print(&report, request.json, out).map_err(OperatorError::Output)
+}
+
+/// Writes the target; true where an earlier run was gone on with.
+async fn write(
+    source: &Source,
+    data_key: DataKey,
+    request: &RestoreRequest,
+    mut plans: Vec<Plan>,
+    data_bytes: u64,
+) -> Result<bool, OperatorError> {
+    let point = &source.point;
+    let volume = source.history.epochs[source.newest].close.statement().volume;
+    let wanted = RestoreState::new(volume, point.id, point.disk_bytes);
+    let (target, mut state) =
+        Target::open(&request.to, &wanted, request.force, &request.state_dir).map_err(RestoreError::from)?;
+    let resumed = state.window > 0 || state.done.contains(&true);
+    let target = Arc::new(target);
+    let progress = Arc::new(Progress::bytes("restore", Some(data_bytes)));
+    let budget = Budget::new(MemoryTable::new(request.budget_bytes).with("restore plan", PLAN_BYTES))?;
+    let fetcher = Arc::new(Fetcher::new(
+        source.store.clone(),
+        Arc::clone(&source.history),
+        data_key,
+        Arc::clone(&target),
+        budget,
+        Arc::clone(&progress),
+    ));
+    // The first window holds the disk's first block, which is written last: so windows go from the end to the start.
+    for turn in state.window..source.windows() {
+        let window = source.windows() - 1 - turn;
+        let plan = match plans.pop() {
+            Some(plan) => Arc::new(plan),
+            None => Arc::new(source.plan(window).await?),
+        };
+        state.enter(turn, plan.digest(), plan.items.len());
+        if target.needs_zeros() {
+            let (target, plan) = (Arc::clone(&target), Arc::clone(&plan));
+            let zeros =
+                move || plan.zero_ranges(false).try_for_each(|range| target.zero(range.start, range.end - range.start));
+            let zeroed = tokio::task::spawn_blocking(zeros).await;
+            zeroed
+                .map_err(|error| RestoreError::Fetch(FetchError::Worker(error.to_string())))?
+                .map_err(RestoreError::from)?;
+        }
+        fetcher.run(&plan, &mut state).await.map_err(RestoreError::from)?;
+    }
+    drop(fetcher);
+    let target =
+        Arc::try_unwrap(target).map_err(|_| RestoreError::Fetch(FetchError::Worker("it still writes".into())))?;
+    let finished = tokio::task::spawn_blocking(move || target.finish()).await;
+    finished
+        .map_err(|error| RestoreError::Fetch(FetchError::Worker(error.to_string())))?
+        .map_err(RestoreError::from)?;
+    if let Ok(progress) = Arc::try_unwrap(progress) {
+        progress.finish();
+    }
+    Ok(resumed)
+}
+
+fn print(report: &RestoreReport, json: bool, out: &mut (dyn std::io::Write + Send)) -> std::io::Result<()> {
+    if json {
+        serde_json::to_writer(&mut *out, report)?;
+        return writeln!(out);
+    }
+    writeln!(out, "volume   {}/{} ({})", report.machine, report.name, report.volume)?;
+    writeln!(out, "head     {} (epoch {})", report.head, report.head_epoch)?;
+    writeln!(
+        out,
+        "point    {} (epoch {}, {}, {} consistent)",
+        report.point, report.epoch, report.time, report.consistency
+    )?;
+    let (bytes, data) = (ByteCount(report.bytes), ByteCount(report.data_bytes));
+    if report.dry_run {
+        return writeln!(
+            out,
+            "would restore {bytes} ({data} of data, {} fetched) to {}",
+            ByteCount(report.fetch_bytes),
+            report.to
+        );
+    }
+    let rate = if report.seconds > 0.0 { report.bytes as f64 / report.seconds / 1e6 } else { 0.0 };
+    let resumed = if report.resumed { ", resumed" } else { "" };
+    writeln!(
+        out,
+        "restored {bytes} ({data} of data) to {} in {:.1} s, {rate:.0} MB/s{resumed}",
+        report.to, report.seconds
+    )
+}
+
+#[cfg(test)]
+mod tests;
