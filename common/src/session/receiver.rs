@@ -63,7 +63,7 @@ pub enum ReceiverEvent<P> {
     },
     /// Check this close against its epoch's staged metadata, stage it durably, then call
     /// [`ReceiverSession::handle_close_staged`]; or refuse.
-    CheckClose(Close),
+    CheckClose(Box<Close>),
     /// Forget what is staged of this open epoch. Nothing of it is on its way into the stage.
     DropEpoch(Epoch),
     /// The claim was granted.
@@ -292,6 +292,16 @@ impl<P> ReceiverSession<P> {
             if let Some(state) = self.streams.get_mut(usize::from(stream)) {
                 state.settle(seq);
             }
+        }
+        self.advance();
+    }
+
+    /// The record of this ticket could not be made durable: it is not held, and never acknowledged. The driver ends the session.
+    pub fn handle_stage_failed(&mut self, ticket: Ticket) {
+        let Some(flight) = self.tickets.remove(&ticket) else { return };
+        if let Some(open) = self.open.get_mut(&flight.epoch) {
+            open.in_flight -= 1;
+            open.records.remove(&flight.block);
         }
         self.advance();
     }
@@ -559,10 +569,11 @@ impl<P> ReceiverSession<P> {
             self.open.remove(&epoch);
             self.events.push_back(ReceiverEvent::DropEpoch(epoch));
         }
-        if self.is_idle() && matches!(self.link, Link::Claimed(_)) {
-            if let Link::Claimed(claim) = std::mem::replace(&mut self.link, Link::Up) {
-                self.grant(&claim);
-            }
+        if self.is_idle()
+            && matches!(self.link, Link::Claimed(_))
+            && let Link::Claimed(claim) = std::mem::replace(&mut self.link, Link::Up)
+        {
+            self.grant(&claim);
         }
         if self.checking.is_none() && matches!(self.link, Link::Up) {
             let ready = |close: &Close| {
@@ -570,11 +581,11 @@ impl<P> ReceiverSession<P> {
                 let open = self.open.get(&statement.epoch);
                 open.is_some_and(|open| open.in_flight == 0 && open.records.len() as u64 == statement.records)
             };
-            if self.closes.front().is_some_and(ready) {
-                if let Some(close) = self.closes.pop_front() {
-                    self.checking = Some(ClosedEpoch { epoch: close.statement().epoch, close: close.id() });
-                    self.events.push_back(ReceiverEvent::CheckClose(close));
-                }
+            if self.closes.front().is_some_and(ready)
+                && let Some(close) = self.closes.pop_front()
+            {
+                self.checking = Some(ClosedEpoch { epoch: close.statement().epoch, close: close.id() });
+                self.events.push_back(ReceiverEvent::CheckClose(Box::new(close)));
             }
         }
     }

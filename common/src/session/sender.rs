@@ -460,6 +460,12 @@ impl<P> SenderSession<P> {
         }
     }
 
+    /// The session can't go on: its owner is told as if the receiver had refused it.
+    pub fn fail(&mut self, error: &SessionError) {
+        self.link = Link::Ended;
+        self.events.push_back(SenderEvent::Refused { code: error.refusal(), text: error.to_string() });
+    }
+
     /// The next frame to send on `stream`. The driver must send what it takes, in order.
     pub fn poll_frame(&mut self, stream: u8) -> Option<Frame> {
         let index = usize::from(stream);
@@ -527,7 +533,7 @@ impl<P> SenderSession<P> {
 
     fn next_close(&mut self) -> Option<Close> {
         let allowed = self.epochs_allowed();
-        let last = self.epochs.keys().copied().take(allowed).last()?;
+        let last = self.epochs.keys().copied().take(allowed).next_back()?;
         let link = self.chain.iter_mut().find(|link| !link.sent && !link.staged)?;
         if link.closed.epoch > last {
             return None;

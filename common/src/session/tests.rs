@@ -388,7 +388,7 @@ impl World {
                     let statement = close.statement();
                     let staged = self.stage.get(&statement.epoch.0).map_or(0, BTreeMap::len) as u64;
                     assert_eq!(staged, statement.records, "seed {}: all records are staged", self.seed);
-                    self.checking = Some(close);
+                    self.checking = Some(*close);
                 }
                 ReceiverEvent::DropEpoch(epoch) => {
                     assert!(self.staging.values().all(|(e, ..)| *e != epoch.0), "seed {}", self.seed);
