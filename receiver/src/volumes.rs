@@ -1,0 +1,377 @@
+//! The volumes that this receiver has loaded: what the log and the stage hold of each, and the session that writes it.
+//!
+//! A volume is loaded at its first use, or at start where the stage holds something of it: header and log from the catalog,
+//! closed epochs and open ones from the stage. Staged closes that follow the log's head go on to the forwarder, in order;
+//! the others are dropped. After that [`Volume`] is the one place through which the volume's session, its stage and
+//! its commits are told of each other.
+//!
+//! Promises: at most one session writes a volume; an epoch reaches the forwarder once in this process, after its close is
+//! durable, in parent order; a sender hears of a commit only through [`Volumes::handle_committed`].
+//! Never: reads a socket, or waits for a slow peer.
+
+mod check;
+mod parts;
+mod volume;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use common::budget::Permit;
+use common::error::{Dispose, Disposition};
+use common::format::close::Close;
+use common::format::frame::RefusalCode;
+use common::format::record::{Record, RecordMeta};
+use common::format::volume_header::VolumeHeader;
+use common::ids::{CloseId, Epoch, Geometry, SessionId, VolumeId};
+use common::session::{ClosedEpoch, Facts, StagedRecord};
+use futures::future::BoxFuture;
+use tokio::sync::OnceCell;
+
+pub use parts::StoreCatalog;
+pub use volume::{Scope, Superseded, Volume};
+
+/// Why the stage or the catalog did not do what was asked.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VolumeError {
+    /// What the sender sent does not check.
+    #[error("{0}")]
+    Bad(String),
+    /// The store has no such volume.
+    #[error("no volume {0}")]
+    NotFound(VolumeId),
+    /// The receiver's disk or store failed.
+    #[error("{0}")]
+    Failed(String),
+    /// Another receiver writes the volume's log.
+    #[error("{0}")]
+    Fenced(String),
+}
+
+impl Dispose for VolumeError {
+    fn disposition(&self) -> Disposition {
+        match self {
+            Self::Bad(_) | Self::NotFound(_) => Disposition::BadInput,
+            Self::Failed(_) => Disposition::Retry,
+            Self::Fenced(_) => Disposition::Fenced,
+        }
+    }
+}
+
+impl VolumeError {
+    /// The code under which a sender is told.
+    #[must_use]
+    pub fn refusal(&self) -> RefusalCode {
+        match self {
+            Self::Bad(_) => RefusalCode::BadMessage,
+            Self::NotFound(_) => RefusalCode::NotYours,
+            Self::Failed(_) => RefusalCode::Failed,
+            Self::Fenced(_) => RefusalCode::Fenced,
+        }
+    }
+
+    /// A word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Bad(_) => "bad_message",
+            Self::NotFound(_) => "not_found",
+            Self::Failed(_) => "failed",
+            Self::Fenced(_) => "fenced",
+        }
+    }
+}
+
+/// Something under way that does not borrow.
+pub type Pending<T> = BoxFuture<'static, Result<T, VolumeError>>;
+
+/// What the stage holds of a volume after a start.
+#[derive(Debug, Clone, Default)]
+pub struct Recovered {
+    /// Durable closes, by epoch.
+    pub closes: Vec<Close>,
+    /// Records of epochs without a close.
+    pub open: Vec<(Epoch, Vec<StagedRecord>)>,
+    /// Smallest number that no epoch had in the stage.
+    pub next_epoch: Epoch,
+}
+
+/// One stream's place at the stage's intake. Dropping it says that the stream is gone.
+pub trait Intake: Send + Sync {
+    /// Done once the stage takes a record of the stream's volume in. Safe to cancel.
+    fn admit(&self) -> BoxFuture<'_, Result<(), VolumeError>>;
+}
+
+/// The stage, as volumes see it.
+pub trait Staging: Send + Sync + 'static {
+    /// A place at the intake for one stream of this volume.
+    fn intake_of(&self, volume: VolumeId) -> Box<dyn Intake>;
+    /// Makes a record durable. The permit is given back by then.
+    fn stage(&self, record: Record, meta: RecordMeta, permit: Permit) -> Pending<()>;
+    /// Checks a close against the metadata of its epoch's staged records, without any data key, and makes it durable.
+    fn close(&self, header: Arc<VolumeHeader>, close: Close) -> Pending<()>;
+    /// Forgets an epoch that will not be committed.
+    fn drop_epoch(&self, volume: VolumeId, epoch: Epoch) -> Pending<()>;
+    /// Frees the epochs up to this one, which are committed.
+    fn release(&self, volume: VolumeId, up_to: Epoch) -> Pending<()>;
+    /// Notes which session writes the volume.
+    fn begin_session(&self, volume: VolumeId, session: SessionId) -> Pending<()>;
+    /// What the stage holds of the volume.
+    fn recovered(&self, volume: VolumeId) -> Recovered;
+    /// Volumes of which the stage holds anything.
+    fn volumes(&self) -> Vec<VolumeId>;
+}
+
+/// What forwards closed epochs to the store. It reports by [`Volumes::handle_committed`].
+pub trait Forwarding: Send + Sync + 'static {
+    /// An epoch is closed and durable in the stage. Called in parent order for each volume; must not wait.
+    fn closed(&self, volume: VolumeId, close: Close);
+}
+
+/// What the store says of a volume.
+#[derive(Debug, Clone)]
+pub struct Loaded {
+    /// Its header.
+    pub header: VolumeHeader,
+    /// Newest committed epoch; zero for none.
+    pub committed: ClosedEpoch,
+}
+
+/// Reads volumes from the store.
+pub trait Catalog: Send + Sync + 'static {
+    /// Header and head of the log.
+    fn load(&self, volume: VolumeId) -> Pending<Loaded>;
+}
+
+type Slot = Arc<OnceCell<Arc<Volume>>>;
+
+/// All loaded volumes.
+pub struct Volumes {
+    staging: Arc<dyn Staging>,
+    forwarding: Arc<dyn Forwarding>,
+    catalog: Arc<dyn Catalog>,
+    slots: Mutex<HashMap<VolumeId, Slot>>,
+}
+
+impl std::fmt::Debug for Volumes {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Volumes(…)")
+    }
+}
+
+impl Volumes {
+    /// None loaded yet.
+    #[must_use]
+    pub fn new(staging: Arc<dyn Staging>, forwarding: Arc<dyn Forwarding>, catalog: Arc<dyn Catalog>) -> Self {
+        Self { staging, forwarding, catalog, slots: Mutex::default() }
+    }
+
+    /// The stage.
+    #[must_use]
+    pub fn staging(&self) -> &Arc<dyn Staging> {
+        &self.staging
+    }
+
+    /// At start: loads every volume of which the stage holds something, so that its closed epochs go on even if its sender
+    /// never comes back. Gives what could not be loaded; those are tried again when their senders come.
+    pub async fn recover(&self) -> Vec<(VolumeId, VolumeError)> {
+        let mut failed = Vec::new();
+        for volume in self.staging.volumes() {
+            if let Err(error) = self.get(volume).await {
+                tracing::error!(%volume, %error, "a staged volume could not be loaded; its epochs stay staged");
+                metrics::counter!("blockferry_receiver_errors_total", "kind" => error.kind()).increment(1);
+                failed.push((volume, error));
+            }
+        }
+        failed
+    }
+
+    /// The volume, loaded now if it was not. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`VolumeError`] of the catalog or the stage.
+    pub async fn get(&self, volume: VolumeId) -> Result<Arc<Volume>, VolumeError> {
+        let slot = Arc::clone(self.lock().entry(volume).or_default());
+        let loaded = slot.get_or_try_init(|| self.load(volume)).await.cloned();
+        if loaded.is_err() {
+            // Names that lead nowhere must not pile up.
+            let mut slots = self.lock();
+            if slots.get(&volume).is_some_and(|slot| !slot.initialized()) {
+                slots.remove(&volume);
+            }
+        }
+        loaded
+    }
+
+    /// The volume, if it is loaded.
+    #[must_use]
+    pub fn loaded(&self, volume: VolumeId) -> Option<Arc<Volume>> {
+        self.lock().get(&volume).and_then(|slot| slot.get().cloned())
+    }
+
+    /// A close, and all before it, is committed: the volume's sender is told.
+    pub fn handle_committed(&self, volume: VolumeId, close: CloseId) {
+        if let Some(volume) = self.loaded(volume) {
+            volume.handle_committed(close);
+        }
+    }
+
+    /// The volume's log can't be written from here any more (another receiver has it, or the forwarder failed for good): its
+    /// session ends, and it is read anew from the store at its next use.
+    pub fn handle_lost(&self, volume: VolumeId, code: RefusalCode, text: &str) {
+        let slot = self.lock().remove(&volume);
+        if let Some(volume) = slot.as_ref().and_then(|slot| slot.get()) {
+            volume.end(code, text);
+            volume.stop();
+        }
+    }
+
+    /// Ends every session with this reason, as at a shutdown.
+    pub fn end_all(&self, code: RefusalCode, text: &str) {
+        let slots: Vec<_> = self.lock().values().cloned().collect();
+        for volume in slots.iter().filter_map(|slot| slot.get()) {
+            volume.end(code, text);
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<VolumeId, Slot>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    async fn load(&self, volume: VolumeId) -> Result<Arc<Volume>, VolumeError> {
+        let Loaded { header, committed } = self.catalog.load(volume).await?;
+        let size = header.current();
+        let geometry = Geometry::new(size.disk_bytes)
+            .ok_or_else(|| VolumeError::Failed(format!("volume {volume} has a disk of {} bytes", size.disk_bytes)))?;
+        let recovered = self.staging.recovered(volume);
+        let plan = plan_recovery(committed, recovered);
+        if plan.release {
+            // Committed by an earlier start that did not come to release them.
+            self.staging.release(volume, committed.epoch).await?;
+        }
+        for epoch in &plan.dropped {
+            tracing::warn!(%volume, %epoch, "a staged epoch does not follow the log's head: it is dropped");
+            self.staging.drop_epoch(volume, *epoch).await?;
+        }
+        let facts = Facts {
+            volume,
+            incarnation: size.incarnation,
+            geometry,
+            committed,
+            uncommitted: plan.follow.iter().map(closed).collect(),
+            next_epoch: plan.next_epoch,
+            open: plan.open,
+        };
+        let (header, staging, forwarding) = (Arc::new(header), Arc::clone(&self.staging), Arc::clone(&self.forwarding));
+        let loaded = Volume::start(header, facts, staging, Arc::clone(&forwarding));
+        for close in plan.follow {
+            forwarding.closed(volume, close);
+        }
+        Ok(loaded)
+    }
+}
+
+fn closed(close: &Close) -> ClosedEpoch {
+    ClosedEpoch { epoch: close.statement().epoch, close: close.id() }
+}
+
+/// What becomes of what the stage held.
+#[derive(Debug, Default)]
+struct RecoveryPlan {
+    /// Closes that follow the log's head, in parent order.
+    follow: Vec<Close>,
+    /// Epochs that can't be committed any more.
+    dropped: Vec<Epoch>,
+    /// Open epochs that a sender may resume.
+    open: Vec<(Epoch, Vec<StagedRecord>)>,
+    /// The stage still holds epochs that are committed.
+    release: bool,
+    next_epoch: Epoch,
+}
+
+/// Decides which staged epochs still follow the log's head.
+fn plan_recovery(committed: ClosedEpoch, mut recovered: Recovered) -> RecoveryPlan {
+    let mut plan = RecoveryPlan::default();
+    let mut tip = committed;
+    recovered.closes.sort_by_key(|close| close.statement().epoch);
+    for close in recovered.closes {
+        let epoch = close.statement().epoch;
+        plan.next_epoch = plan.next_epoch.max(Epoch(epoch.0.saturating_add(1)));
+        if epoch <= committed.epoch {
+            plan.release = true;
+        } else if close.statement().parent == tip.close {
+            tip = closed(&close);
+            plan.follow.push(close);
+        } else {
+            plan.dropped.push(epoch);
+        }
+    }
+    for (epoch, records) in recovered.open {
+        if epoch > tip.epoch {
+            plan.open.push((epoch, records));
+        } else {
+            plan.dropped.push(epoch);
+        }
+    }
+    let newest = tip.epoch.0.saturating_add(1);
+    plan.next_epoch = plan.next_epoch.max(recovered.next_epoch).max(Epoch(newest));
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use common::clock::UnixMillis;
+    use common::format::close::CloseStatement;
+    use common::ids::{Digest, FleetId, GroupId, Incarnation, KeyId, Salt};
+
+    use super::*;
+
+    fn close(epoch: u64, parent: CloseId) -> Close {
+        let statement = CloseStatement {
+            fleet: FleetId::NIL,
+            volume: VolumeId([1; 16]),
+            incarnation: Incarnation(1),
+            key_id: KeyId(1),
+            epoch: Epoch(epoch),
+            parent,
+            salt: Salt::ZERO,
+            cut_time: UnixMillis(0),
+            point: None,
+            disk_bytes: 4096,
+            records: 0,
+            data_pages: 0,
+            zero_pages: 0,
+            record_bytes: 0,
+            meta_root: Digest::ZERO,
+            group: GroupId::NIL,
+            group_point: GroupId::NIL,
+        };
+        Close::new(statement, [0; 64])
+    }
+
+    #[test]
+    fn staged_closes_go_on_only_as_far_as_they_follow_the_logs_head() {
+        let committed = close(1, CloseId::ZERO);
+        let second = close(2, committed.id());
+        let third = close(4, second.id());
+        let stranger = close(5, CloseId([9; 32]));
+        let recovered = Recovered {
+            closes: vec![third.clone(), stranger, committed.clone(), second.clone()],
+            open: vec![(Epoch(3), Vec::new()), (Epoch(7), Vec::new())],
+            next_epoch: Epoch(8),
+        };
+        let plan = plan_recovery(closed(&committed), recovered);
+        assert_eq!(plan.follow, vec![second, third]);
+        assert_eq!(plan.dropped, vec![Epoch(5), Epoch(3)]);
+        assert_eq!(plan.open.iter().map(|(epoch, _)| *epoch).collect::<Vec<_>>(), vec![Epoch(7)]);
+        assert_eq!(plan.next_epoch, Epoch(8));
+        assert!(plan.release);
+    }
+
+    #[test]
+    fn an_empty_stage_starts_behind_the_log() {
+        let committed = close(6, CloseId::ZERO);
+        let plan = plan_recovery(closed(&committed), Recovered::default());
+        assert_eq!(plan.next_epoch, Epoch(7));
+        assert!(plan.follow.is_empty() && plan.dropped.is_empty() && !plan.release);
+    }
+}
