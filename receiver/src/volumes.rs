@@ -9,8 +9,6 @@
 //! durable, in parent order; a sender hears of a commit only through [`Volumes::handle_committed`].
 //! Never: reads a socket, or waits for a slow peer.
 
-mod check;
-mod parts;
 mod volume;
 
 use std::collections::HashMap;
@@ -27,7 +25,6 @@ use common::session::{ClosedEpoch, Facts, StagedRecord};
 use futures::future::BoxFuture;
 use tokio::sync::OnceCell;
 
-pub use parts::StoreCatalog;
 pub use volume::{Scope, Superseded, Volume};
 
 /// Why the stage or the catalog did not do what was asked.

@@ -1,33 +1,94 @@
 //! Whether a close says the truth about what is staged: everything that can be checked without a data key. Pure.
 
+use common::error::{Dispose, Disposition};
 use common::format::close::Close;
 use common::format::record::RecordMeta;
 use common::format::volume_header::VolumeHeader;
-use common::seal::merkle::MetaTree;
+use common::ids::{Digest, Epoch, Incarnation};
+use common::seal::SealError;
+use common::seal::merkle::{MetaTree, OrderError};
 use common::seal::signing::verify_close;
+
+/// What a close says that is not so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum VerifyError {
+    /// Not signed by the key that the volume's header pins.
+    #[error(transparent)]
+    Signature(#[from] SealError),
+    /// Of another volume or fleet.
+    #[error("close of epoch {0} is of another volume or fleet")]
+    Foreign(Epoch),
+    /// Of a disk that the volume's header does not have.
+    #[error(
+        "close of epoch {epoch} states incarnation {incarnation} with {disk_bytes} bytes, which the header does not have"
+    )]
+    Disk {
+        /// Epoch.
+        epoch: Epoch,
+        /// Incarnation stated.
+        incarnation: Incarnation,
+        /// Size stated.
+        disk_bytes: u64,
+    },
+    /// Records of the epoch overlap.
+    #[error("epoch {epoch}: {source}")]
+    Overlap {
+        /// Epoch.
+        epoch: Epoch,
+        /// Where.
+        source: OrderError,
+    },
+    /// A count differs from what is staged.
+    #[error("close of epoch {epoch} states {stated} {what}, staged are {found}")]
+    Count {
+        /// Epoch.
+        epoch: Epoch,
+        /// What is counted.
+        what: &'static str,
+        /// Stated.
+        stated: u64,
+        /// Staged.
+        found: u64,
+    },
+    /// The Merkle root differs from that of what is staged.
+    #[error("close of epoch {epoch} states metadata root {stated}, what is staged has {found}")]
+    Root {
+        /// Epoch.
+        epoch: Epoch,
+        /// Stated.
+        stated: Digest,
+        /// Of what is staged.
+        found: Digest,
+    },
+}
+
+impl Dispose for VerifyError {
+    fn disposition(&self) -> Disposition {
+        Disposition::BadInput
+    }
+}
 
 /// Checks a close's signature and place against the volume's header, its counts and Merkle root against the metadata of
 /// all records of its epoch, in block order. That it follows the newest close is the session's to check.
 ///
 /// # Errors
-/// What does not fit, for the sender's log.
-pub(super) fn check_close(header: &VolumeHeader, close: &Close, metas: &[RecordMeta]) -> Result<(), String> {
+/// [`VerifyError`], the first thing that does not fit.
+pub fn check_close(header: &VolumeHeader, close: &Close, metas: &[RecordMeta]) -> Result<(), VerifyError> {
     let statement = close.statement();
-    verify_close(close, &header.signing_key).map_err(|error| error.to_string())?;
+    let epoch = statement.epoch;
+    verify_close(close, &header.signing_key)?;
     if statement.volume != header.volume || statement.fleet != header.fleet {
-        return Err(format!("close of epoch {} is of another volume or fleet", statement.epoch));
+        return Err(VerifyError::Foreign(epoch));
     }
     let size = header.incarnations.iter().find(|size| size.incarnation == statement.incarnation);
     if size.is_none_or(|size| size.disk_bytes != statement.disk_bytes) {
-        return Err(format!(
-            "close of epoch {} states incarnation {} with {} bytes, which the volume's header does not have",
-            statement.epoch, statement.incarnation, statement.disk_bytes
-        ));
+        let (incarnation, disk_bytes) = (statement.incarnation, statement.disk_bytes);
+        return Err(VerifyError::Disk { epoch, incarnation, disk_bytes });
     }
     let mut tree = MetaTree::default();
     let (mut data_pages, mut zero_pages, mut record_bytes) = (0_u64, 0_u64, 0_u64);
     for meta in metas {
-        tree.push(meta).map_err(|error| error.to_string())?;
+        tree.push(meta).map_err(|source| VerifyError::Overlap { epoch, source })?;
         data_pages += u64::from(meta.data_mask.count());
         zero_pages += u64::from(meta.zero_mask.count()) * u64::from(meta.block_count);
         record_bytes += u64::from(meta.record_len);
@@ -40,15 +101,12 @@ pub(super) fn check_close(header: &VolumeHeader, close: &Close, metas: &[RecordM
     ];
     for (what, stated, found) in counts {
         if stated != found {
-            return Err(format!("close of epoch {} states {stated} {what}, staged are {found}", statement.epoch));
+            return Err(VerifyError::Count { epoch, what, stated, found });
         }
     }
-    let root = tree.finish();
-    if root != statement.meta_root {
-        return Err(format!(
-            "close of epoch {} states metadata root {}, what is staged has {root}",
-            statement.epoch, statement.meta_root
-        ));
+    let (stated, found) = (statement.meta_root, tree.finish());
+    if stated != found {
+        return Err(VerifyError::Root { epoch, stated, found });
     }
     Ok(())
 }
@@ -128,7 +186,7 @@ mod tests {
         }
     }
 
-    fn check(statement: CloseStatement, metas: &[RecordMeta]) -> Result<(), String> {
+    fn check(statement: CloseStatement, metas: &[RecordMeta]) -> Result<(), VerifyError> {
         check_close(&header(), &key().signer(VOLUME).sign(statement), metas)
     }
 
@@ -146,7 +204,7 @@ mod tests {
             (CloseStatement { meta_root: Digest::ZERO, ..statement() }, "root"),
         ];
         for (statement, named) in wrong {
-            let error = check(statement, &metas()).expect_err(named);
+            let error = check(statement, &metas()).expect_err(named).to_string();
             assert!(error.contains(named), "{error}");
         }
     }
@@ -155,13 +213,13 @@ mod tests {
     fn a_close_signed_by_another_key_is_refused() {
         let close = DataKey::from_random([8; 32]).signer(VOLUME).sign(statement());
         let error = check_close(&header(), &close, &metas()).expect_err("another key");
-        assert!(error.contains("signature"), "{error}");
+        assert!(matches!(error, VerifyError::Signature(_)), "{error}");
     }
 
     #[test]
     fn a_record_that_was_exchanged_is_found_by_the_root() {
         let mut metas = metas();
         metas[0].digest = Digest([0xee; 32]);
-        assert!(check(statement(), &metas).expect_err("exchanged").contains("root"));
+        assert!(matches!(check(statement(), &metas), Err(VerifyError::Root { .. })));
     }
 }
