@@ -1,0 +1,103 @@
+//! Reading a staged epoch back, in chunks of bounded size: by batch, and within a batch by block.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use common::format::record::Record;
+use common::format::stage_key::StageKey;
+use common::ids::{BatchId, BlockIndex, Epoch, VolumeId};
+
+use super::Shared;
+use super::db::Scanned;
+use super::error::StageError;
+use super::index::Family;
+use super::recover::check_record;
+
+/// Reads the durable records of one epoch once, each verbatim and checked against its checksum and place.
+///
+/// The order is that of batches and, within one, of blocks: that is how they lie on disk. All calls block.
+pub struct EpochReader {
+    shared: Arc<Shared>,
+    volume: VolumeId,
+    epoch: Epoch,
+    /// Batches still to be read, the next one last.
+    rest: Vec<(BatchId, Family)>,
+    /// Where to go on in the next batch.
+    resume: Option<Vec<u8>>,
+}
+
+impl EpochReader {
+    pub(super) fn new(shared: Arc<Shared>, volume: VolumeId, epoch: Epoch) -> Result<Self, StageError> {
+        let mut rest = {
+            let state = shared.lock();
+            if state.index.state(volume, epoch).is_none() {
+                return Err(StageError::NoSuchEpoch { volume, epoch });
+            }
+            state.index.batches_of(volume, epoch)
+        };
+        rest.reverse();
+        Ok(Self { shared, volume, epoch, rest, resume: None })
+    }
+
+    /// The next records, together at most `bytes_max` bytes or a single record; none at the end.
+    ///
+    /// # Errors
+    /// [`StageError::DamagedRecord`], [`StageError::NoSuchEpoch`] where it was dropped or released meanwhile; failures of
+    /// the disk. After an error the reader is of no more use.
+    pub fn next_chunk(&mut self, bytes_max: usize) -> Result<Vec<Record>, StageError> {
+        let (volume, epoch) = (self.volume, self.epoch);
+        let mut records = Vec::new();
+        let mut bytes = 0;
+        while let Some(&(batch, family)) = self.rest.last() {
+            let key = |block| StageKey { batch, volume, epoch, block };
+            let from = self.resume.take().unwrap_or_else(|| key(BlockIndex(0)).encode().to_vec());
+            let to = key(StageKey::CLOSE).encode().to_vec();
+            let mut full_at = None;
+            let mut damage = None;
+            self.shared.db.scan(family, &from, Some(to), true, |found| {
+                let (key, value) = match found {
+                    Scanned::Value { key, value } => (key, value),
+                    Scanned::BadKey { reason } => {
+                        damage = Some((key(BlockIndex(0)), reason));
+                        return false;
+                    }
+                    Scanned::Unreadable { after, reason } => {
+                        let block = after.map_or(0, |after| after.block.0.saturating_add(1));
+                        damage = Some((key(BlockIndex(block)), reason));
+                        return false;
+                    }
+                };
+                // A record that lost against an earlier copy of itself, or whose epoch is gone.
+                if !self.shared.lock().index.is_live(&key) {
+                    return true;
+                }
+                if bytes > 0 && bytes + value.len() > bytes_max {
+                    full_at = Some(key);
+                    return false;
+                }
+                if let Err(reason) = check_record(&key, value) {
+                    damage = Some((key, reason));
+                    return false;
+                }
+                bytes += value.len();
+                match Record::parse(Bytes::copy_from_slice(value)) {
+                    Ok(record) => records.push(record),
+                    Err(error) => damage = Some((key, error.to_string())),
+                }
+                damage.is_none()
+            })?;
+            if let Some((StageKey { batch, volume, epoch, block }, reason)) = damage {
+                return Err(StageError::DamagedRecord { volume, epoch, block, batch, reason });
+            }
+            if let Some(key) = full_at {
+                self.resume = Some(key.encode().to_vec());
+                return Ok(records);
+            }
+            self.rest.pop();
+        }
+        if records.is_empty() && self.shared.lock().index.state(volume, epoch).is_none() {
+            return Err(StageError::NoSuchEpoch { volume, epoch });
+        }
+        Ok(records)
+    }
+}
