@@ -1,5 +1,7 @@
 //! The real binary: exit codes, last lines, kills in the middle, and block devices.
 
+#![allow(clippy::panic, clippy::print_stderr, clippy::cast_possible_truncation, reason = "a test")]
+
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};

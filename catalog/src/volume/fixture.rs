@@ -2,6 +2,8 @@
 //!
 //! What the sender and the receiver do together, without network and stage. Panics where anything fails: for tests only.
 
+#![allow(clippy::cast_possible_truncation, reason = "images of tests are small")]
+
 use std::collections::BTreeMap;
 
 use bytes::Bytes;
@@ -102,7 +104,8 @@ impl FixtureVolume {
         let stored = header::read(&self.store, self.header.volume).await.expect("a header");
         let next = Incarnation(stored.header.current().incarnation.0 + 1);
         let size = IncarnationSize { incarnation: next, disk_bytes };
-        let stored = header::update(&self.store, &stored, |header| header.incarnations.push(size)).await.expect("unchanged");
+        let stored =
+            header::update(&self.store, &stored, |header| header.incarnations.push(size)).await.expect("unchanged");
         self.header = stored.header;
         self.content = None;
         let (log, view) =

@@ -144,9 +144,10 @@ pub struct StoredHeader {
 /// [`HeaderError::NoVolume`], [`HeaderError::Damaged`], [`HeaderError::WrongPlace`], [`HeaderError::Store`].
 pub async fn read(store: &Store, volume: VolumeId) -> Result<StoredHeader, HeaderError> {
     let path = paths::header(volume);
-    let (bytes, version) = store.get_versioned(&path).await.map_err(|error| {
-        if error.is_not_found() { HeaderError::NoVolume { volume } } else { error.into() }
-    })?;
+    let (bytes, version) = store
+        .get_versioned(&path)
+        .await
+        .map_err(|error| if error.is_not_found() { HeaderError::NoVolume { volume } } else { error.into() })?;
     let header = VolumeHeader::decode(&bytes).map_err(|source| HeaderError::Damaged { path: path.clone(), source })?;
     if header.volume != volume {
         return Err(HeaderError::WrongPlace { path, found: header.volume });
@@ -295,7 +296,8 @@ pub async fn find(store: &Store, text: &str) -> Result<StoredHeader, HeaderError
         1 => Ok(found.swap_remove(0)),
         0 if !errors.is_empty() => Err(errors.swap_remove(0)),
         0 => {
-            let names: Vec<_> = claims.iter().take(8).map(|claim| format!("{}/{}", claim.machine_name, claim.name)).collect();
+            let names: Vec<_> =
+                claims.iter().take(8).map(|claim| format!("{}/{}", claim.machine_name, claim.name)).collect();
             let known = if names.is_empty() { String::new() } else { format!(" (there are {})", names.join(", ")) };
             Err(HeaderError::NotFound { text: text.to_owned(), known })
         }

@@ -57,7 +57,9 @@ pub enum LogError {
         seq: LogSeq,
     },
     /// The entry names another predecessor than the one that is there.
-    #[error("{path} follows an entry with digest {expected}, but the entry before it has {found}: one of the two was replaced")]
+    #[error(
+        "{path} follows an entry with digest {expected}, but the entry before it has {found}: one of the two was replaced"
+    )]
     BrokenChain {
         /// The later entry.
         path: String,
@@ -109,7 +111,9 @@ pub enum LogError {
         source: SealError,
     },
     /// Another receiver writes this log.
-    #[error("volume {volume} is written by receiver {winner} now (generation {generation}, {path}): this receiver has lost it")]
+    #[error(
+        "volume {volume} is written by receiver {winner} now (generation {generation}, {path}): this receiver has lost it"
+    )]
     Fenced {
         /// Volume.
         volume: VolumeId,
@@ -385,8 +389,7 @@ impl LogReader {
             }
             Err(error) => return Err(error.into()),
         };
-        let entry =
-            LogEntry::decode(&bytes).map_err(|source| LogError::Damaged { path: path.clone(), source })?;
+        let entry = LogEntry::decode(&bytes).map_err(|source| LogError::Damaged { path: path.clone(), source })?;
         let digest = LogEntry::digest_of(&bytes);
         self.position.follow(&self.header, &path, &entry, digest)?;
         Ok(Some(ReadEntry { path, digest, entry }))

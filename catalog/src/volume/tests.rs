@@ -1,5 +1,7 @@
 //! Header, log, checkpoint and opening together, on a local store.
 
+#![allow(clippy::cast_possible_truncation, reason = "images of tests are small")]
+
 use common::clock::{Clock, UnixMillis};
 use common::error::{Dispose as _, Disposition};
 use common::format::checkpoint::CheckpointHead;
@@ -48,9 +50,12 @@ async fn a_volume_is_found_by_name_by_machine_and_name_and_by_id() {
     let web = FixtureVolume::create(&store, "web", "root", 4096).await.header;
     let database = FixtureVolume::create(&store, "db", "root", 4096).await.header;
     let data = FixtureVolume::create(&store, "db", "data", 4096).await.header;
-    for (text, expected) in
-        [("data", data.volume), ("web/root", web.volume), ("db/root", database.volume), (&web.volume.to_string(), web.volume)]
-    {
+    for (text, expected) in [
+        ("data", data.volume),
+        ("web/root", web.volume),
+        ("db/root", database.volume),
+        (&web.volume.to_string(), web.volume),
+    ] {
         assert_eq!(header::find(&store, text).await.expect("found").header.volume, expected, "{text}");
     }
     let error = header::find(&store, "root").await.expect_err("two machines have one");
@@ -75,7 +80,9 @@ async fn a_name_is_given_once_within_a_machine_and_creation_may_be_repeated() {
     assert_eq!((again.header.volume, outcome), (made.volume, PutOutcome::Exists));
     let mut other = made.clone();
     other.volume = VolumeId::from_random([9; 16]);
-    assert!(matches!(header::create(&store, &other).await, Err(HeaderError::NameTaken { volume, .. }) if volume == made.volume));
+    assert!(
+        matches!(header::create(&store, &other).await, Err(HeaderError::NameTaken { volume, .. }) if volume == made.volume)
+    );
     // The same name on another machine is another name.
     other.machine = MachineId::from_random([8; 16]);
     header::create(&store, &other).await.expect("another machine's");

@@ -136,7 +136,8 @@ impl LogWriter {
                 return Err(LogError::TooMuch { what, found, max });
             }
         }
-        let seq = self.position.next_seq().ok_or(LogError::TooMuch { what: "log entries", found: 0, max: usize::MAX })?;
+        let seq =
+            self.position.next_seq().ok_or(LogError::TooMuch { what: "log entries", found: 0, max: usize::MAX })?;
         let path = paths::log_entry(self.header.volume, seq);
         let entry = LogEntry {
             volume: self.header.volume,
@@ -170,8 +171,7 @@ impl LogWriter {
 
     /// Decides whose the entry at the wanted number is.
     fn settle(&mut self, path: &str, found: &[u8], wanted: &[CloseId]) -> Result<Appended, LogError> {
-        let entry =
-            LogEntry::decode(found).map_err(|source| LogError::Damaged { path: path.to_owned(), source })?;
+        let entry = LogEntry::decode(found).map_err(|source| LogError::Damaged { path: path.to_owned(), source })?;
         let Some(own) = self.attempts.iter().position(|attempt| attempt.nonce == entry.nonce) else {
             self.fenced = Some((entry.writer, entry.generation, path.to_owned()));
             return Err(LogError::Fenced {

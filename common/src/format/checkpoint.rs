@@ -25,7 +25,8 @@ use super::record::RecordMeta;
 use super::wire::{Reader, Writer};
 use crate::clock::UnixMillis;
 use crate::ids::{
-    BlockIndex, CloseId, Digest, Epoch, Generation, GroupId, Incarnation, KeyId, LogSeq, Nonce, PageMask, Salt, VolumeId,
+    BlockIndex, CloseId, Digest, Epoch, Generation, GroupId, Incarnation, KeyId, LogSeq, Nonce, PageMask, Salt,
+    VolumeId,
 };
 use crate::limits;
 
@@ -40,7 +41,7 @@ pub const SEGMENTS_MAX: usize = 131_072;
 /// Most epochs with live records.
 pub const EPOCHS_MAX: usize = 131_072;
 /// Most entries of one page: a record for each page of each block.
-pub const PAGE_ENTRIES_MAX: usize = PAGE_BLOCKS as usize * limits::PAGES_PER_BLOCK;
+pub const PAGE_ENTRIES_MAX: u64 = PAGE_BLOCKS * limits::PAGES_PER_BLOCK as u64;
 /// Most pages of an index.
 pub const PAGES_MAX: usize = 1 << 18;
 const POINT_BYTES: usize = 100;
@@ -201,11 +202,7 @@ impl CheckpointHead {
         }
         body.count(self.epochs.len());
         for epoch in &self.epochs {
-            body.u64(epoch.epoch.0)
-                .u32(epoch.incarnation.0)
-                .u32(epoch.key_id.0)
-                .raw(&epoch.salt.0)
-                .raw(&epoch.close.0);
+            body.u64(epoch.epoch.0).u32(epoch.incarnation.0).u32(epoch.key_id.0).raw(&epoch.salt.0).raw(&epoch.close.0);
         }
         body.u8(u8::from(self.pages.is_some())).raw(&[0; 3]).count(pages.len());
         for page in pages {
@@ -279,10 +276,7 @@ impl CheckpointHead {
         };
         let countersignatures = reader.u32()?;
         if countersignatures != 0 {
-            return Err(FormatError::Invalid {
-                what: "checkpoint countersignatures",
-                found: countersignatures.into(),
-            });
+            return Err(FormatError::Invalid { what: "checkpoint countersignatures", found: countersignatures.into() });
         }
         reader.finish()?;
         Ok((head, head_len))
@@ -450,7 +444,7 @@ fn decode_page_refs(reader: &mut Reader<'_>, count: usize, at: LogSeq) -> Result
             crc: reader.u32()?,
             digest: Digest(reader.array()?),
         };
-        within("checkpoint page bytes", page.length.into(), (PAGE_ENTRIES_MAX * ENTRY_BYTES) as u64)?;
+        within("checkpoint page bytes", page.length.into(), PAGE_ENTRIES_MAX * ENTRY_BYTES as u64)?;
         let ordered = pages.last().is_none_or(|last| last.first_block < page.first_block);
         if !ordered || !page.first_block.0.is_multiple_of(PAGE_BLOCKS) || page.offset != end {
             return Err(FormatError::Invalid { what: "checkpoint page place", found: page.first_block.0 });
@@ -473,5 +467,4 @@ fn zero(what: &'static str, bytes: &[u8]) -> Result<(), FormatError> {
 }
 
 #[cfg(test)]
-#[path = "checkpoint/tests.rs"]
 mod tests;

@@ -4,6 +4,8 @@
 //! written only if it parses (checksum), carries the tag that its epoch's signed root covers, and opens under its
 //! epoch's key, for its place: the tag and the key together leave one possible content.
 
+#![allow(clippy::cast_possible_truncation, reason = "a range of at most 4 MiB")]
+
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;

@@ -5,6 +5,8 @@
 //! the target (what must not be overwritten ends here), then fetch and write. What is on the target in the end was
 //! authenticated record by record.
 
+#![allow(clippy::cast_possible_truncation, reason = "a log in memory has fewer than 2^32 epochs")]
+
 pub mod device;
 pub mod fetch;
 pub mod plan;

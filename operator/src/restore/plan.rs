@@ -4,6 +4,8 @@
 //! masks (16 bytes) for each block and [`LiveRecord`] (48 bytes) for each record that is live there, so a window of
 //! [`WINDOW_BLOCKS`] of a full disk takes some 64 MiB.
 
+#![allow(clippy::cast_possible_truncation, reason = "a window has at most 2^20 blocks, a block 64 pages")]
+
 use std::ops::Range;
 
 use common::error::{Dispose, Disposition};
@@ -325,7 +327,7 @@ mod tests {
         let plan = planner.finish(Epoch(9)).expect("complete");
         let live: Vec<_> = plan.records.iter().map(|record| (record.epoch, record.live.0)).collect();
         assert_eq!(live, [(0, !0b0111), (2, 0b0011)]);
-        assert_eq!(plan.zero_ranges(true).collect::<Vec<_>>(), [8192..12288]);
+        assert!(plan.zero_ranges(true).eq(std::iter::once(8192..12288)));
         assert_eq!(plan.zero_ranges(false).count(), 0);
         assert_eq!(plan.data_bytes(), 63 * 4096);
     }

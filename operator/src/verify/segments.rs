@@ -1,5 +1,7 @@
 //! Segments, each read once from start to end, and the epochs in them.
 
+#![allow(clippy::cast_possible_truncation, reason = "a chunk of at most some 4 MiB")]
+
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 

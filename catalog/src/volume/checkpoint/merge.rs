@@ -1,5 +1,7 @@
 //! Which records are live in one page of blocks. PURE.
 
+#![allow(clippy::cast_possible_truncation, reason = "a page has 4,096 blocks")]
+
 use std::cmp::Reverse;
 
 use common::format::checkpoint::{LiveEntry, PAGE_BLOCKS};
@@ -105,7 +107,12 @@ mod tests {
 
     fn record() -> impl Strategy<Value = RecordMeta> {
         prop_oneof![
-            (0..12_u64, any::<u64>(), any::<u64>()).prop_map(|(block, data, zero)| meta(block, 1, data, zero & !data | u64::from(data == 0))),
+            (0..12_u64, any::<u64>(), any::<u64>()).prop_map(|(block, data, zero)| meta(
+                block,
+                1,
+                data,
+                zero & !data | u64::from(data == 0)
+            )),
             (0..8_u64, 2..5_u32).prop_map(|(block, count)| meta(block, count, 0, u64::MAX)),
         ]
     }

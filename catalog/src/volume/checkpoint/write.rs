@@ -4,6 +4,8 @@
 //! [`CheckpointBounds::merge_bytes_max`] asks for, and the finished index is held up to
 //! [`CheckpointBounds::index_bytes_max`]; one that would be larger is left out, which costs later readers time, not content.
 
+#![allow(clippy::cast_possible_truncation, reason = "tables have at most 2^17 rows")]
+
 use std::collections::{BTreeMap, HashMap};
 
 use bytes::Bytes;
@@ -125,9 +127,14 @@ async fn build_index(
         Some((head, head_len)) => {
             let Some(pages) = head.pages.clone() else { return Ok(None) };
             let same_disk = head.epochs.iter().all(|epoch| epoch.incarnation == incarnation);
-            let from =
-                LogPosition { seq: head.at, digest: head.entry_digest, generation: head.generation, head: head.head.clone() };
-            let old = if same_disk { pages.into_iter().map(|page| (page.first_block, page)).collect() } else { Vec::new() };
+            let from = LogPosition {
+                seq: head.at,
+                digest: head.entry_digest,
+                generation: head.generation,
+                head: head.head.clone(),
+            };
+            let old =
+                if same_disk { pages.into_iter().map(|page| (page.first_block, page)).collect() } else { Vec::new() };
             if same_disk {
                 (head.epochs.clone(), head.segments.clone(), old, from, head_len)
             } else {
@@ -259,7 +266,8 @@ async fn gather(
         for &place in &epoch.segments {
             let index = segment::read_index(store, &segments[place as usize]).await?;
             for entry in segment::epoch_entries(&index, view.header.volume, incarnation, number) {
-                let candidate = Candidate { epoch: epoch.epoch, segment: place, offset: entry.offset, meta: entry.meta };
+                let candidate =
+                    Candidate { epoch: epoch.epoch, segment: place, offset: entry.offset, meta: entry.meta };
                 let last = entry.meta.block.0 + u64::from(entry.meta.block_count) - 1;
                 for page in (entry.meta.block.0 / PAGE_BLOCKS).max(pages.start)..=last / PAGE_BLOCKS {
                     if page < stop {
