@@ -355,6 +355,13 @@ impl<P> ReceiverSession<P> {
         self.events.push_back(ReceiverEvent::Ended { code, text });
     }
 
+    /// True where [`Self::poll_frame`] has something for a stream.
+    #[must_use]
+    pub fn has_frames(&self) -> bool {
+        let untold = |stream: &Stream| stream.first_open - 1 > stream.told;
+        !self.control.is_empty() || !self.lists.is_empty() || self.is_open() && self.streams.iter().any(untold)
+    }
+
     /// The next frame to send on `stream`.
     pub fn poll_frame(&mut self, stream: u8) -> Option<Frame> {
         let state = self.streams.get_mut(usize::from(stream))?;

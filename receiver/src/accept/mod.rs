@@ -89,7 +89,7 @@ const CLOSED_SHUTDOWN: VarInt = VarInt::from_u32(0);
 const CLOSED_NOT_ALLOWED: VarInt = VarInt::from_u32(2);
 const CLOSED_UNUSED: VarInt = VarInt::from_u32(3);
 /// How long peers have to take the news that this receiver stops.
-const FAREWELL_TIME: Duration = Duration::from_secs(2);
+const FAREWELL_TIME: Duration = Duration::from_millis(500);
 
 /// Accepts connections on `endpoint` until `stop`; then tells every sender to come back later, and returns once the
 /// connections are gone.

@@ -207,8 +207,13 @@ impl Volume {
             return Err(Superseded);
         }
         let result = apply(&mut state.session);
+        let frames = state.session.has_frames();
         drop(state);
-        self.changed();
+        self.work.notify_one();
+        // Not for nothing: most records only make work for the stage.
+        if frames {
+            self.frames.notify_waiters();
+        }
         Ok(result)
     }
 

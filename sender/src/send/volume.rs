@@ -107,7 +107,8 @@ impl VolumeSender {
                 if session.wants_records() {
                     let offer = session.offer_record(record, permit)?;
                     drop(session);
-                    shared.frames.notify_waiters();
+                    // Any stream will do, so one idle writer is enough.
+                    shared.frames.notify_one();
                     return Ok(offer);
                 }
             }
@@ -125,7 +126,7 @@ impl VolumeSender {
             return Err(SendError::Ended);
         }
         let offer = self.shared.lock().offer_record(record, permit)?;
-        self.shared.frames.notify_waiters();
+        self.shared.frames.notify_one();
         Ok(offer)
     }
 
@@ -418,9 +419,11 @@ async fn read_frames(shared: &Shared, recv: &mut RecvStream, stream: u8) -> Resu
     preamble.copy_from_slice(&buffer.split_to(PREAMBLE.len()));
     check_preamble(preamble)?;
     loop {
-        let mut moved = false;
+        let (mut acknowledged, mut changed) = (false, false);
         while let Some(frame) = Frame::take(&mut buffer)? {
-            moved = true;
+            // An acknowledgement makes room, but nothing to send.
+            acknowledged |= matches!(frame, Frame::Staged { .. });
+            changed |= !matches!(frame, Frame::Staged { .. });
             let refused = match &frame {
                 Frame::Refused { code, text } => Some(Broken::Refused(*code, text.clone())),
                 _ => None,
@@ -431,8 +434,11 @@ async fn read_frames(shared: &Shared, recv: &mut RecvStream, stream: u8) -> Resu
                 return Err(refused);
             }
         }
-        if moved {
+        if changed {
             shared.changed();
+        } else if acknowledged {
+            shared.room.notify_waiters();
+            shared.events.notify_one();
         }
         buffer.reserve(FRAME_HEAD_BYTES);
         buffer.extend_from_slice(&chunk(recv).await?);
