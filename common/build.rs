@@ -1,5 +1,9 @@
 //! Compiles `proto/` to Rust without a system protoc.
 
+#[cfg(not(feature = "rim"))]
+fn main() {}
+
+#[cfg(feature = "rim")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let root = "../proto";
     let files = ["../proto/blockferry/v1/control.proto"];
