@@ -440,8 +440,7 @@ impl Worker {
         for (index, known) in self.known.iter().enumerate() {
             let block = BlockIndex(first.0 + index as u64);
             let bytes = &self.chunk.bytes()[index * limits::BLOCK_BYTES..][..limits::BLOCK_BYTES];
-            let difference =
-                scan::compare(&shared.config.hash_key, bytes, shared.geometry.pages_of(block), known);
+            let difference = scan::compare(&shared.config.hash_key, bytes, shared.geometry.pages_of(block), known);
             if difference.changed().is_empty() {
                 continue;
             }

@@ -188,18 +188,7 @@ impl VolumeIdentity {
         let name = reader.text("volume name", limits::NAME_BYTES_MAX)?;
         let source_path = reader.block("source path", SOURCE_PATH_BYTES_MAX)?.to_vec();
         reader.finish()?;
-        Ok(Self {
-            fleet,
-            volume,
-            incarnation,
-            key_id,
-            disk_bytes,
-            sector_bytes,
-            name,
-            source_path,
-            source,
-            hash_key,
-        })
+        Ok(Self { fleet, volume, incarnation, key_id, disk_bytes, sector_bytes, name, source_path, source, hash_key })
     }
 }
 
@@ -527,8 +516,7 @@ impl JournalPart {
             let changes = (0..count).map(|_| HashChange::decode(&mut reader)).collect::<Result<_, _>>()?;
             Self::Batch(JournalBatch { epoch, index, changes })
         } else {
-            let (epoch, close, parent) =
-                (Epoch(reader.u64()?), CloseId(reader.array()?), CloseId(reader.array()?));
+            let (epoch, close, parent) = (Epoch(reader.u64()?), CloseId(reader.array()?), CloseId(reader.array()?));
             let point = match reader.u8()? {
                 0 => None,
                 1 => Some(Consistency::Fuzzy),

@@ -17,9 +17,9 @@ use rustix::fs::{Advice, OFlags};
 use rustix::io::{Errno, ReadWriteFlags};
 use tracing::debug;
 
+use super::Disk;
 use super::error::CaptureError;
 use super::rest::RestProbe;
-use super::Disk;
 
 /// Alignment of offsets, lengths and addresses that every device and file system accepts for `O_DIRECT`.
 const ALIGNMENT: usize = limits::PAGE_BYTES;
@@ -124,12 +124,15 @@ impl Source {
             .inspect_err(|error| debug!(path = %path.display(), %error, "no direct reads of this file"))
             .ok()
             // Another file may have taken the name meanwhile.
-            .filter(|direct| direct.metadata().is_ok_and(|other| other.ino() == metadata.ino() && other.dev() == metadata.dev()));
+            .filter(|direct| {
+                direct.metadata().is_ok_and(|other| other.ino() == metadata.ino() && other.dev() == metadata.dev())
+            });
         let mut probe = [0];
-        let cached_reads = match rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut probe)], 0, ReadWriteFlags::NOWAIT) {
-            Ok(_) | Err(Errno::AGAIN) => true,
-            Err(_) => false,
-        };
+        let cached_reads =
+            match rustix::io::preadv2(&file, &mut [IoSliceMut::new(&mut probe)], 0, ReadWriteFlags::NOWAIT) {
+                Ok(_) | Err(Errno::AGAIN) => true,
+                Err(_) => false,
+            };
         let identity = SourceIdentity::File { device: metadata.dev(), inode: metadata.ino() };
         let kind = Kind::File { direct, cached_reads };
         Ok(Self { path: path.to_owned(), file, kind, geometry, sector_bytes: 512, identity })
@@ -148,7 +151,11 @@ impl Source {
             (SourceIdentity::Device { serial: found }, SourceIdentity::Device { serial: expected })
                 if !found.is_empty() && !expected.is_empty() && found != expected =>
             {
-                Err(CaptureError::Replaced { path: self.path.clone(), expected: expected.clone(), found: found.clone() })
+                Err(CaptureError::Replaced {
+                    path: self.path.clone(),
+                    expected: expected.clone(),
+                    found: found.clone(),
+                })
             }
             _ => Ok(()),
         }
@@ -246,7 +253,8 @@ impl Disk for Source {
                 self.read_file(direct.as_ref(), *cached_reads, offset, buffer, wanted)
             }
         };
-        let read = read.map_err(|(offset, source)| CaptureError::Read { path: self.path.clone(), offset, length, source })?;
+        let read =
+            read.map_err(|(offset, source)| CaptureError::Read { path: self.path.clone(), offset, length, source })?;
         if read < wanted {
             return Err(self.size_changed(self.geometry.disk_bytes(), offset + read as u64));
         }

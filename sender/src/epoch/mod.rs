@@ -235,9 +235,7 @@ impl EpochGate {
     fn oldest(&self) -> Option<(Epoch, Option<u64>)> {
         let state = self.lock();
         let (epoch, (shared, retired)) = state.open.first_key_value()?;
-        let records = retired.then(|| {
-            shared.issued.load(Ordering::Relaxed) - shared.abandoned.load(Ordering::Acquire)
-        });
+        let records = retired.then(|| shared.issued.load(Ordering::Relaxed) - shared.abandoned.load(Ordering::Acquire));
         Some((*epoch, records))
     }
 

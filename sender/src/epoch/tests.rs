@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
+
 use std::collections::BTreeSet;
 use std::sync::mpsc;
 
@@ -177,6 +179,9 @@ fn after_a_restart_numbers_go_on_and_old_tickets_do_not_count() {
 
 #[test]
 fn without_a_salt_no_epoch_opens() {
-    let gate = EpochGate::new(EpochSeed { draw_salt: Box::new(|| Err("no entropy".into())), ..seed(1) }, EpochBounds::default());
+    let gate = EpochGate::new(
+        EpochSeed { draw_salt: Box::new(|| Err("no entropy".into())), ..seed(1) },
+        EpochBounds::default(),
+    );
     assert!(matches!(gate.ticket(), Err(EpochError::NoSalt(_))));
 }

@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
+
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -166,10 +168,8 @@ impl Bench {
 
     /// Opens records and writes them to the replica, as a restore does.
     fn apply(&mut self, records: &[Record], closes: &[(EpochContext, Salt)]) {
-        let keys: BTreeMap<_, _> = closes
-            .iter()
-            .map(|(context, salt)| (context.epoch, self.data_key.epoch_key(*context, salt)))
-            .collect();
+        let keys: BTreeMap<_, _> =
+            closes.iter().map(|(context, salt)| (context.epoch, self.data_key.epoch_key(*context, salt))).collect();
         let (mut opener, mut pages) = (Opener::new().expect("memory"), Vec::new());
         for record in records {
             let header = record.header();
@@ -210,8 +210,7 @@ fn the_first_pass_makes_the_whole_disk_and_a_second_one_finds_nothing() {
     assert_eq!(passed.summary.pages_changed, bytes.len().div_ceil(PAGE_BYTES) as u64);
     assert_eq!(passed.summary.zero_pages, 3 * 64);
     assert_eq!(passed.summary.rest.consistency(), Consistency::Crash, "{}", passed.summary.rest);
-    let ranges: Vec<_> =
-        passed.records.iter().filter(|record| record.header().kind == RecordKind::ZeroRange).collect();
+    let ranges: Vec<_> = passed.records.iter().filter(|record| record.header().kind == RecordKind::ZeroRange).collect();
     assert_eq!(ranges.len(), 1, "three zero blocks are one record");
     assert_eq!((ranges[0].header().block.0, ranges[0].header().block_count), (1, 3));
     assert_eq!(passed.summary.records, passed.records.len() as u64);
@@ -363,8 +362,11 @@ impl Disk for Broken {
 fn a_read_error_or_a_dead_thread_fails_the_pass_and_is_its_last_word() {
     for dies in [false, true] {
         let geometry = Geometry::new(100 * BLOCK_BYTES as u64).expect("a disk");
-        let bench =
-            Bench::of(Arc::new(Broken { geometry, from: 40 * BLOCK_BYTES as u64, dies }), EpochBounds::default(), ROOMY);
+        let bench = Bench::of(
+            Arc::new(Broken { geometry, from: 40 * BLOCK_BYTES as u64, dies }),
+            EpochBounds::default(),
+            ROOMY,
+        );
         let mut pass = bench.start();
         let error = loop {
             match pass.next_blocking() {

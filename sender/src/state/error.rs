@@ -146,7 +146,9 @@ impl StateError {
     pub(super) fn format(path: &Path, source: FormatError) -> Self {
         let path = path.to_owned();
         match source {
-            FormatError::UnknownVersion { .. } | FormatError::UnknownFlags { .. } => Self::AnotherVersion { path, source },
+            FormatError::UnknownVersion { .. } | FormatError::UnknownFlags { .. } => {
+                Self::AnotherVersion { path, source }
+            }
             _ => Self::Damaged { path, source },
         }
     }

@@ -9,9 +9,7 @@ use super::error::StateError;
 
 /// Makes what was created, renamed or removed in `directory` durable.
 pub(super) fn sync_directory(directory: &Path) -> Result<(), StateError> {
-    File::open(directory)
-        .and_then(|handle| handle.sync_all())
-        .map_err(|error| StateError::io("sync", directory, error))
+    File::open(directory).and_then(|handle| handle.sync_all()).map_err(|error| StateError::io("sync", directory, error))
 }
 
 /// Makes a directory that only this user may enter; no effect where it exists.
@@ -31,7 +29,9 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<(), StateError> {
         .mode(0o600)
         .open(path)
         .map_err(|error| StateError::io("create", path, error))?;
-    file.write_all(bytes).and_then(|()| file.sync_all()).map_err(|error| StateError::write(path, bytes.len() as u64, error))
+    file.write_all(bytes)
+        .and_then(|()| file.sync_all())
+        .map_err(|error| StateError::write(path, bytes.len() as u64, error))
 }
 
 /// Removes a file; no effect where it is gone.

@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::format::state::{
-    HASH_ENTRY_BYTES, HASHES_ENTRIES_OFFSET, HASHES_SLOT_BYTES, HASHES_SLOTS, HashChange, HashEntry, HashesHeader, VolumeIdentity,
+    HASH_ENTRY_BYTES, HASHES_ENTRIES_OFFSET, HASHES_SLOT_BYTES, HASHES_SLOTS, HashChange, HashEntry, HashesHeader,
+    VolumeIdentity,
 };
 use common::ids::{BlockIndex, CloseId, Epoch, Geometry};
 use common::session::ClosedEpoch;
@@ -92,7 +93,9 @@ impl Hashes {
         };
         reserved
             .and_then(|()| file.write_all_at(&header.encode_slot(), 0))
-            .and_then(|()| file.write_all_at(&HashesHeader { sequence: 0, ..header }.encode_slot(), HASHES_SLOT_BYTES as u64))
+            .and_then(|()| {
+                file.write_all_at(&HashesHeader { sequence: 0, ..header }.encode_slot(), HASHES_SLOT_BYTES as u64)
+            })
             .and_then(|()| file.sync_all())
             .map_err(|error| StateError::write(path, length, error))
     }
@@ -187,9 +190,7 @@ impl Hashes {
     }
 
     fn write(&self, bytes: &[u8], offset: u64) -> Result<(), StateError> {
-        self.file
-            .write_all_at(bytes, offset)
-            .map_err(|error| StateError::write(&self.path, bytes.len() as u64, error))
+        self.file.write_all_at(bytes, offset).map_err(|error| StateError::write(&self.path, bytes.len() as u64, error))
     }
 
     /// Makes all applied changes durable, and then the header that names the close they are of.

@@ -1,7 +1,8 @@
 //! The journal of one epoch: a file of its own, written while the epoch is open, made durable and renamed when it closes.
 //!
 //! `<epoch>.open` is of an epoch that was never closed and is removed at the next start. `<epoch>.closed` is whole and
-//! durable; its close may be sent. Epochs are 20 decimal digits, so that names sort as epochs do.
+//! durable; its close may be sent. `<epoch>.committed` is of a committed close: its changes are being applied, and are applied
+//! again after a crash. Epochs are 20 decimal digits, so that names sort as epochs do.
 
 use std::fs::{File, OpenOptions};
 use std::io::{BufReader, ErrorKind, Read, Write};
@@ -22,6 +23,8 @@ use super::files;
 const OPEN: &str = "open";
 /// Suffix of the journal of a closed epoch.
 const CLOSED: &str = "closed";
+/// Suffix of the journal of a committed epoch.
+const COMMITTED: &str = "committed";
 
 /// What the journal's end states of a closed epoch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,31 +158,41 @@ pub(super) fn closed_path(directory: &Path, epoch: Epoch) -> PathBuf {
     directory.join(format!("{:020}.{CLOSED}", epoch.0))
 }
 
-/// Removes journals of open epochs, and lists those of closed ones by epoch.
-pub(super) fn recover(directory: &Path) -> Result<Vec<Epoch>, StateError> {
+/// Marks the journal of a closed epoch as that of a committed one. Durable after [`files::sync_directory`].
+pub(super) fn mark_committed(directory: &Path, epoch: Epoch) -> Result<(), StateError> {
+    let (from, to) = (closed_path(directory, epoch), committed_path(directory, epoch));
+    std::fs::rename(&from, to).map_err(|error| StateError::io("rename", &from, error))
+}
+
+pub(super) fn committed_path(directory: &Path, epoch: Epoch) -> PathBuf {
+    directory.join(format!("{:020}.{COMMITTED}", epoch.0))
+}
+
+/// Removes journals of open epochs, and lists the others by epoch, with true for those of committed ones.
+pub(super) fn recover(directory: &Path) -> Result<Vec<(Epoch, bool)>, StateError> {
     let unreadable = |error| StateError::io("list", directory, error);
-    let mut closed = Vec::new();
+    let mut found = Vec::new();
     for entry in std::fs::read_dir(directory).map_err(unreadable)? {
         let path = entry.map_err(unreadable)?.path();
         let epoch = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse().ok()).map(Epoch);
         match (epoch, path.extension().and_then(|extension| extension.to_str())) {
             (Some(_), Some(OPEN)) => files::remove(&path)?,
-            (Some(epoch), Some(CLOSED)) => closed.push(epoch),
+            (Some(epoch), Some(CLOSED)) => found.push((epoch, false)),
+            (Some(epoch), Some(COMMITTED)) => found.push((epoch, true)),
             _ => {} // not ours: left alone
         }
     }
-    closed.sort_unstable();
-    Ok(closed)
+    found.sort_unstable();
+    Ok(found)
 }
 
-/// Reads the journal of a closed epoch from its beginning, giving each batch to `batch`; returns its end, checked.
+/// Reads the journal of a closed epoch at `path`, giving each batch to `batch`; returns its end, checked.
 pub(super) fn read(
-    directory: &Path,
+    path: PathBuf,
     identity: &VolumeIdentity,
     epoch: Epoch,
     mut batch: impl FnMut(Vec<HashChange>) -> Result<(), StateError>,
 ) -> Result<JournaledClose, StateError> {
-    let path = closed_path(directory, epoch);
     let file = File::open(&path).map_err(|error| StateError::io("open", &path, error))?;
     let mut reader = BufReader::with_capacity(256 << 10, file);
     let damaged = |error| StateError::format(&path, error);
@@ -227,9 +240,10 @@ pub(super) fn read(
 fn next_part(reader: &mut impl Read, path: &Path) -> Result<JournalPart, StateError> {
     let read = |reader: &mut dyn Read, bytes: &mut [u8]| {
         reader.read_exact(bytes).map_err(|error| match error.kind() {
-            ErrorKind::UnexpectedEof => {
-                StateError::format(path, FormatError::Truncated { what: "journal", needed: bytes.len() as u64, found: 0 })
-            }
+            ErrorKind::UnexpectedEof => StateError::format(
+                path,
+                FormatError::Truncated { what: "journal", needed: bytes.len() as u64, found: 0 },
+            ),
             _ => StateError::io("read", path, error),
         })
     };

@@ -6,11 +6,13 @@
 //!                          hashes               16 bytes for each page, 0.4 % of the disk
 //!                          journal/<epoch>.open    changes of an open epoch: removed at the next start
 //!                          journal/<epoch>.closed  changes of a closed epoch, durable before its close is sent
+//!                          journal/<epoch>.committed  changes of a committed close while they are applied
 //! ```
 //!
 //! Promises
-//! - `hashes` describe committed closes only. The changes of a close are applied once it is committed, and its journal is
-//!   removed after they, and the header that names the close, are durable. So a crash anywhere is redone from the journal.
+//! - `hashes` describe committed closes only. That a close is committed is made durable first (its journal is renamed); then
+//!   its changes are applied, and its journal is removed after they, and the header that names the close, are durable. What a
+//!   crash interrupts is done again at the next start, so no close is ever half applied and then discarded.
 //! - A page whose hash could be wrong is unknown: it is sent again. Never the other way round.
 //! - A scan may start only when nothing is in flight ([`VolumeState::begin_pass`]); else it would compare with hashes
 //!   that an uncommitted close is about to change, and leave out a page that went back to its old content.
@@ -38,8 +40,8 @@ use common::ids::{CloseId, Epoch, VolumeId};
 use common::session::ClosedEpoch;
 
 pub use error::StateError;
-use hashes::Hashes;
 pub use hashes::HashReader;
+use hashes::Hashes;
 pub use journal::{JournalWriter, JournaledClose};
 
 /// Largest volume identity that is read.
@@ -96,7 +98,9 @@ impl StateDir {
         let directory = self.volume_path(volume);
         let doomed = self.volumes_path().join(format!("{volume}.new"));
         match std::fs::rename(&directory, &doomed) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(StateError::Missing { path: directory }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                return Err(StateError::Missing { path: directory });
+            }
             other => other.map_err(|error| StateError::io("remove", &directory, error))?,
         }
         files::sync_directory(&self.volumes_path())?;
@@ -131,6 +135,8 @@ pub struct VolumeState {
     hashes: Hashes,
     /// Closes after the applied one, in parent order; each has a journal.
     journaled: VecDeque<JournaledClose>,
+    /// How many of them, from the first, are marked as committed and not all applied.
+    committed: usize,
     _lock: File,
 }
 
@@ -182,27 +188,41 @@ impl VolumeState {
         let identity = read_identity(&directory.join("volume"), volume)?;
         let hashes = Hashes::open(&directory.join("hashes"), &identity)?;
         let journal = directory.join("journal");
-        let applied = hashes.applied();
-        let mut journaled = VecDeque::new();
+        let mut state =
+            Self { directory, journal, identity, hashes, journaled: VecDeque::new(), committed: 0, _lock: lock };
+        state.recover()?;
+        Ok(state)
+    }
+
+    /// Lists the journals, checks that they are one chain, and ends what a crash interrupted.
+    fn recover(&mut self) -> Result<(), StateError> {
+        let applied = self.known();
         let mut parent = applied.close;
-        for epoch in journal::recover(&journal)? {
+        for (epoch, committed) in journal::recover(&self.journal)? {
+            let path = match committed {
+                true => journal::committed_path(&self.journal, epoch),
+                false => journal::closed_path(&self.journal, epoch),
+            };
             if epoch <= applied.epoch {
-                files::remove(&journal::closed_path(&journal, epoch))?;
+                files::remove(&path)?;
                 continue;
             }
-            let close = journal::read(&journal, &identity, epoch, |_| Ok(()))?;
+            let close = journal::read(path.clone(), &self.identity, epoch, |_| Ok(()))?;
             if close.parent != parent {
-                return Err(StateError::Foreign {
-                    path: journal::closed_path(&journal, epoch),
-                    what: "parent close",
-                    expected: parent.to_string(),
-                    found: close.parent.to_string(),
-                });
+                let (expected, found) = (parent.to_string(), close.parent.to_string());
+                return Err(StateError::Foreign { path, what: "parent close", expected, found });
             }
             parent = close.close;
-            journaled.push_back(close);
+            self.journaled.push_back(close);
+            if committed {
+                // Those before it are committed too, though their renaming may not have got to the disk.
+                for index in self.committed..self.journaled.len() - 1 {
+                    journal::mark_committed(&self.journal, self.journaled[index].epoch)?;
+                }
+                self.committed = self.journaled.len();
+            }
         }
-        Ok(Self { directory, journal, identity, hashes, journaled, _lock: lock })
+        self.apply_committed().map(drop)
     }
 
     /// The volume's identity.
@@ -232,9 +252,7 @@ impl VolumeState {
     /// The newest close: the parent of the next one.
     #[must_use]
     pub fn newest(&self) -> ClosedEpoch {
-        self.journaled
-            .back()
-            .map_or(self.known(), |close| ClosedEpoch { epoch: close.epoch, close: close.close })
+        self.journaled.back().map_or(self.known(), |close| ClosedEpoch { epoch: close.epoch, close: close.close })
     }
 
     /// The lowest epoch that was never closed here. The session may ask for a greater one.
@@ -293,7 +311,7 @@ impl VolumeState {
     ///
     /// # Errors
     /// [`StateError::UnknownClose`]; [`StateError::Damaged`], [`StateError::Full`] and [`StateError::Io`], after which the
-    /// call can be repeated.
+    /// call can be repeated, and is at the next start.
     pub fn commit_through(&mut self, close: CloseId) -> Result<Vec<JournaledClose>, StateError> {
         if close == self.known().close {
             return Ok(Vec::new());
@@ -301,15 +319,30 @@ impl VolumeState {
         let Some(last) = self.journaled.iter().position(|journaled| journaled.close == close) else {
             return Err(StateError::UnknownClose { path: self.directory.clone(), close });
         };
-        for journaled in self.journaled.iter().take(last + 1) {
-            journal::read(&self.journal, &self.identity, journaled.epoch, |changes| {
+        if last >= self.committed {
+            for index in self.committed..=last {
+                journal::mark_committed(&self.journal, self.journaled[index].epoch)?;
+                self.committed = index + 1;
+            }
+            files::sync_directory(&self.journal)?;
+        }
+        self.apply_committed()
+    }
+
+    /// Applies the closes that are marked as committed, and removes their journals.
+    fn apply_committed(&mut self) -> Result<Vec<JournaledClose>, StateError> {
+        let Some(last) = self.committed.checked_sub(1).map(|last| self.journaled[last]) else { return Ok(Vec::new()) };
+        for journaled in self.journaled.iter().take(self.committed) {
+            let path = journal::committed_path(&self.journal, journaled.epoch);
+            journal::read(path, &self.identity, journaled.epoch, |changes| {
                 changes.iter().try_for_each(|change| self.hashes.apply(change))
             })?;
         }
-        self.hashes.advance(self.journaled[last].epoch, close)?;
-        let committed: Vec<_> = self.journaled.drain(..=last).collect();
+        self.hashes.advance(last.epoch, last.close)?;
+        let committed: Vec<_> = self.journaled.drain(..self.committed).collect();
+        self.committed = 0;
         for journaled in &committed {
-            files::remove(&journal::closed_path(&self.journal, journaled.epoch))?;
+            files::remove(&journal::committed_path(&self.journal, journaled.epoch))?;
         }
         Ok(committed)
     }
@@ -320,12 +353,12 @@ impl VolumeState {
     /// # Errors
     /// [`StateError::UnknownClose`] where `tip` is neither known nor journaled; [`StateError::Io`].
     pub fn discard_after(&mut self, tip: CloseId) -> Result<usize, StateError> {
-        let keep = if tip == self.known().close {
-            0
-        } else {
-            let position = self.journaled.iter().position(|journaled| journaled.close == tip);
-            position.map(|position| position + 1).ok_or(StateError::UnknownClose { path: self.directory.clone(), close: tip })?
-        };
+        let position = self.journaled.iter().position(|journaled| journaled.close == tip).map(|position| position + 1);
+        let keep = position
+            .or_else(|| (tip == self.known().close).then_some(0))
+            // What was committed once can't be undone: a log without it is not the one that this state knows.
+            .filter(|keep| *keep >= self.committed)
+            .ok_or(StateError::UnknownClose { path: self.directory.clone(), close: tip })?;
         let discarded = self.journaled.len() - keep;
         // The newest first: what a crash leaves is still a chain.
         while self.journaled.len() > keep {

@@ -1,3 +1,5 @@
+#![expect(clippy::cast_possible_truncation, reason = "the numbers of these tests are small")]
+
 use proptest::prelude::*;
 
 use super::*;
@@ -138,10 +140,7 @@ fn every_flipped_byte_of_an_entry_and_an_entry_of_another_block_is_noticed() {
     let decodes =
         |bytes: &[u8]| HashEntry::decode(BlockIndex(12), bytes.try_into().expect("an entry's length")).is_ok();
     refuses_every_flip(&bytes, decodes);
-    assert_eq!(
-        HashEntry::decode(BlockIndex(13), &bytes),
-        Err(FormatError::Checksum { what: "page hashes entry" })
-    );
+    assert_eq!(HashEntry::decode(BlockIndex(13), &bytes), Err(FormatError::Checksum { what: "page hashes entry" }));
 }
 
 #[test]
