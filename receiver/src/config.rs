@@ -25,8 +25,8 @@ const STAGE_SHARE: u64 = 4;
 const QUIC_SHARE: u64 = 8;
 /// Share of the budget for segments under construction and upload, as a divisor.
 const SEGMENT_SHARE: u64 = 4;
-/// Smallest stage: a full epoch must fit under the low mark.
-const STAGE_CAPACITY_MIN: ByteCount = ByteCount(64 << 20);
+/// Smallest stage.
+const STAGE_CAPACITY_MIN: ByteCount = ByteCount(crate::stage::CAPACITY_BYTES_MIN);
 /// Largest stage that is chosen unasked.
 const STAGE_CAPACITY_DEFAULT_MAX: u64 = 64 << 30;
 
@@ -111,7 +111,8 @@ impl FleetConfig {
     /// # Errors
     /// [`ConfigError::Invalid`] where one is missing.
     pub fn resolve(args: &FleetArgs, file: &FileConfig) -> Result<Self, ConfigError> {
-        let missing = |flag: &str, example: &str| ConfigError::Invalid(format!("{flag} is missing: pass {flag} {example}"));
+        let missing =
+            |flag: &str, example: &str| ConfigError::Invalid(format!("{flag} is missing: pass {flag} {example}"));
         let data_dir = args.data_dir.clone().or_else(|| file.data_dir.clone());
         let store = args.store.clone().or_else(|| file.store.clone());
         Ok(Self {
@@ -215,7 +216,10 @@ impl RunConfig {
             stage_capacity,
             // A segment is held in memory until it is stored, so a small budget makes smaller ones.
             segment_bytes: segment.bytes().min(segment_memory_bytes / 2),
-            segment_linger: args.segment_linger.or(file.segment_linger).map_or(Duration::from_secs(1), DurationText::get),
+            segment_linger: args
+                .segment_linger
+                .or(file.segment_linger)
+                .map_or(Duration::from_secs(1), DurationText::get),
             upload_concurrency: concurrency,
             quic,
             name,

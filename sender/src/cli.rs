@@ -8,7 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use common::net::quic::Congestion;
 use common::net::resolve::HostPort;
 use common::ops::cli::{LogArgs, MemoryArgs};
-use common::units::{ByteRate, DurationText};
+use common::units::{ByteCount, ByteRate, DurationText};
 
 /// Where the state lies unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/blockferry/sender";
@@ -113,6 +113,9 @@ pub struct RunArgs {
     /// Without --once: time from one recovery point to the next pass [default: 30s]
     #[arg(long, value_name = "TIME", env = "BLOCKFERRY_POINT_INTERVAL")]
     pub point_interval: Option<DurationText>,
+    /// Sealed bytes after which an epoch is closed and committed, 1MiB to 256MiB [default: 256MiB]
+    #[arg(long, value_name = "SIZE", env = "BLOCKFERRY_EPOCH_SIZE")]
+    pub epoch_size: Option<ByteCount>,
     /// Where Prometheus metrics, /healthz and /readyz are served [default: 127.0.0.1:9465]
     #[arg(long, value_name = "HOST:PORT", env = "BLOCKFERRY_METRICS_LISTEN")]
     pub metrics_listen: Option<std::net::SocketAddr>,
@@ -137,7 +140,9 @@ impl FromStr for VolumeSpec {
         while let Some((before, option)) = path.rsplit_once(',') {
             match option.split_once('=') {
                 Some(("capture", mode)) => check_capture(mode)?,
-                Some(("listen", _)) => return Err("listen= goes with capture=nbd, which this release does not have".into()),
+                Some(("listen", _)) => {
+                    return Err("listen= goes with capture=nbd, which this release does not have".into());
+                }
                 _ => break,
             }
             path = before;
@@ -222,7 +227,9 @@ impl FromStr for Transport {
         match text {
             "auto" => Ok(Self::Auto),
             "quic" => Ok(Self::Quic),
-            other => Err(format!("expected auto or quic, found \"{other}\"; this release does not speak another transport")),
+            other => {
+                Err(format!("expected auto or quic, found \"{other}\"; this release does not speak another transport"))
+            }
         }
     }
 }

@@ -18,8 +18,6 @@ use crate::cli::{CONFIG_DEFAULT, RunArgs, STATE_DIR_DEFAULT, Transport, VolumeSp
 const METRICS_PORT_DEFAULT: u16 = 9465;
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle sender, rounded up.
 const BASE_BYTES: u64 = 16 << 20;
-/// A worker's zstd context, scratch buffers and stack.
-const WORKER_BYTES: u64 = 3 << 20;
 /// Largest share of the budget that QUIC's unacknowledged bytes may take, as a divisor.
 const QUIC_SHARE: u64 = 4;
 
@@ -63,6 +61,7 @@ pub struct FileConfig {
     congestion: Option<String>,
     rate_limit: Option<ByteRate>,
     point_interval: Option<DurationText>,
+    epoch_size: Option<ByteCount>,
     metrics_listen: Option<SocketAddr>,
     /// `--log-level`.
     pub log_level: Option<LogLevel>,
@@ -121,6 +120,8 @@ pub struct RunConfig {
     pub rate_limit: Option<ByteRate>,
     /// Time between recovery points.
     pub point_interval: Duration,
+    /// Sealed bytes after which an epoch is closed.
+    pub epoch_bytes: u64,
     /// Metrics endpoint, and whether somebody chose it.
     pub metrics_listen: (SocketAddr, bool),
     /// How the memory budget is divided.
@@ -176,10 +177,15 @@ impl RunConfig {
         };
         let memory = MemoryTable::new(total)
             .with("program", BASE_BYTES)
-            .with("seal workers", WORKER_BYTES * seal_threads as u64)
+            .with("scan and seal threads", crate::seal_pool::memory_bytes(seal_threads))
             .with("QUIC send window", send_window)
             .with("QUIC receive window", 1 << 20);
         Budget::new(memory.clone())?;
+        let most = ByteCount(limits::EPOCH_SEALED_BYTES_MAX);
+        let epoch = args.epoch_size.or(file.epoch_size).unwrap_or(most);
+        if epoch < ByteCount::mib(1) || epoch > most {
+            return Err(invalid(format!("--epoch-size {epoch}: expected {} to {most}", ByteCount::mib(1))));
+        }
         let chosen = args.metrics_listen.or(file.metrics_listen);
         let default_listen = SocketAddr::from((Ipv4Addr::LOCALHOST, METRICS_PORT_DEFAULT));
         Ok(Self {
@@ -193,7 +199,11 @@ impl RunConfig {
             transport,
             quic,
             rate_limit: args.rate_limit.or(file.rate_limit),
-            point_interval: args.point_interval.or(file.point_interval).map_or(Duration::from_secs(30), DurationText::get),
+            point_interval: args
+                .point_interval
+                .or(file.point_interval)
+                .map_or(Duration::from_secs(30), DurationText::get),
+            epoch_bytes: epoch.bytes(),
             metrics_listen: (chosen.unwrap_or(default_listen), chosen.is_some()),
             memory,
         })
@@ -223,7 +233,9 @@ fn volumes(args: &RunArgs, file: &FileConfig) -> Result<Vec<VolumeSpec>, ConfigE
         }
         if let Some(other) = volumes[..index].iter().find(|other| other.path == volume.path) {
             let (name, other, path) = (&volume.name, &other.name, volume.path.display());
-            return Err(ConfigError::Invalid(format!("volumes {other} and {name} are both {path}: protect a disk once")));
+            return Err(ConfigError::Invalid(format!(
+                "volumes {other} and {name} are both {path}: protect a disk once"
+            )));
         }
     }
     Ok(volumes)
@@ -244,6 +256,7 @@ impl fmt::Display for RunConfig {
             writeln!(f, "rate_limit = {:?}", rate.exact())?;
         }
         writeln!(f, "point_interval = {:?}", DurationText(self.point_interval).exact())?;
+        writeln!(f, "epoch_size = {:?}", ByteCount(self.epoch_bytes).exact())?;
         writeln!(f, "metrics_listen = \"{}\"", self.metrics_listen.0)?;
         for volume in &self.volumes {
             writeln!(f, "\n[[volume]]\nname = {:?}\npath = {:?}\ncapture = \"scan\"", volume.name, volume.path)?;
@@ -277,7 +290,8 @@ mod tests {
 
     #[test]
     fn the_printed_configuration_reads_back_the_same() {
-        let flags = ["--volume", "a=/a", "--memory-budget", "100MiB", "--rate-limit", "5MiB/s", "--point-interval", "90s"];
+        let flags =
+            ["--volume", "a=/a", "--memory-budget", "100MiB", "--rate-limit", "5MiB/s", "--point-interval", "90s"];
         let config = resolve(&flags, "").expect("valid");
         let again = resolve(&[], &config.to_string()).expect("what is printed is valid");
         assert_eq!(again.to_string(), config.to_string());

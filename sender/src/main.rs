@@ -1,0 +1,75 @@
+//! `blockferry-sender`: parses, dispatches, and turns the outcome into an exit code.
+
+use clap::Parser;
+use common::ops::exit::{self, ExitCode};
+use sender::agent;
+use sender::cli::{Cli, Command, ConfigCommand};
+use sender::config::{ConfigError, FileConfig, RunConfig};
+use sender::register;
+
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
+/// Why the command failed, by what its exit code is.
+#[derive(Debug, thiserror::Error)]
+enum Error {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Logging(#[from] common::ops::logging::LoggingError),
+    #[error(transparent)]
+    Register(#[from] register::Error),
+    #[error(transparent)]
+    Agent(#[from] agent::AgentError),
+    #[error("cannot start the runtime: {0}")]
+    Runtime(std::io::Error),
+}
+
+impl Error {
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Config(_) | Self::Logging(_) => ExitCode::Usage,
+            Self::Register(_) | Self::Agent(_) | Self::Runtime(_) => ExitCode::Failed,
+        }
+    }
+}
+
+fn main() -> std::process::ExitCode {
+    // clap prints help and usage errors itself, and exits with 0 or 2.
+    let cli = Cli::parse();
+    common::ops::panic_guard::install();
+    common::net::tls::install_provider();
+    match run(&cli) {
+        Ok(code) => code.into(),
+        Err(error) => {
+            exit::report_error(&error);
+            error.exit_code().into()
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<ExitCode, Error> {
+    let file = FileConfig::load(cli.config.as_deref())?;
+    let (level, format) = cli.log.effective(file.log_level.clone(), file.log_format);
+    common::ops::logging::init(&level, format)?;
+    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime);
+    match &cli.command {
+        Command::Register(args) => {
+            runtime()?.block_on(register::register(args))?;
+            Ok(ExitCode::Ok)
+        }
+        Command::Run(args) => {
+            let config = RunConfig::resolve(args, &file)?;
+            Ok(runtime()?.block_on(agent::run(config))?)
+        }
+        Command::Config(ConfigCommand::Check(args)) => {
+            print_config(&RunConfig::resolve(args, &file)?);
+            Ok(ExitCode::Ok)
+        }
+    }
+}
+
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+fn print_config(config: &RunConfig) {
+    print!("{config}");
+}
