@@ -48,7 +48,7 @@ pub enum CaptureError {
     },
     /// The disk grew or shrank.
     #[error(
-        "{} has {found} bytes, but was registered with {expected}: nothing was sent. Give it its size back, or end the protection with `blockferry-sender detach` and register it anew",
+        "{} has {found} bytes, but was registered with {expected}: nothing was sent. Give it its size back, or protect it as a new volume, under another name",
         path.display()
     )]
     SizeChanged {
@@ -61,7 +61,7 @@ pub enum CaptureError {
     },
     /// Another disk is at the path.
     #[error(
-        "{} is another disk than the one registered ({found}, expected {expected}): nothing was sent. Correct the path, or take the volume over with `blockferry-sender adopt`",
+        "{} is another disk than the one registered ({found}, expected {expected}): nothing was sent. Correct the path, or protect it as a new volume, under another name",
         path.display()
     )]
     Replaced {

@@ -437,36 +437,3 @@ proptest! {
         }
     }
 }
-
-#[test]
-fn zz_speed() {
-    let Some(path) = std::env::var_os("H4_IMAGE") else { return };
-    let mut bench = Bench::new(Path::new(&path), EpochBounds::default(), ROOMY);
-    bench.replica = Vec::new();
-    for round in 0..3 {
-        let cpu = || std::fs::read_to_string("/proc/self/stat").map(|s| { let v: Vec<_> = s.rsplit(')').next().unwrap().split_whitespace().map(str::to_owned).collect(); (v[11].parse::<u64>().unwrap(), v[12].parse::<u64>().unwrap()) }).unwrap();
-        let (t, c) = (std::time::Instant::now(), cpu());
-        let mut pass = Pass::start(PassConfig { seal_threads: 2, disk: Arc::clone(&bench.disk), hashes: bench.state.begin_pass().unwrap(), hash_key: [3; 32], gate: Arc::clone(&bench.gate), budget: bench.budget.clone(), zstd_level: 1, volume: "x".into() }).unwrap();
-        let (mut journals, mut closes) = (BTreeMap::new(), Vec::new());
-        let summary = loop {
-            match pass.next_blocking().unwrap() {
-                PassOutput::Sealed(sealed) => {
-                    let journal: &mut JournalWriter = journals.entry(sealed.epoch).or_insert_with(|| bench.state.begin_journal(sealed.epoch).unwrap());
-                    journal.append(sealed.change).unwrap();
-                    assert!(bench.book.record(sealed.epoch, sealed.meta));
-                    bench.close_ready(&mut journals, &mut closes, None);
-                }
-                PassOutput::Finished(s) => break s,
-                PassOutput::Failed(e) => panic!("{e}"),
-            }
-        };
-        let last = bench.gate.retire().unwrap();
-        bench.close_ready(&mut journals, &mut closes, Some((last, summary.rest.consistency())));
-        let scan = t.elapsed();
-        let t2 = std::time::Instant::now();
-        bench.state.commit_through(bench.state.newest().close).unwrap();
-        let c2 = cpu();
-        let rss = std::fs::read_to_string("/proc/self/status").unwrap().lines().find(|l| l.starts_with("VmHWM")).unwrap().to_owned();
-        println!("round {round}: {:.2}s {:.0} MB/s commit {:.2}s user {} sys {} records {} MB {} {} {rss}", scan.as_secs_f64(), summary.bytes_read as f64 / 1e6 / scan.as_secs_f64(), t2.elapsed().as_secs_f64(), c2.0 - c.0, c2.1 - c.1, summary.records, summary.record_bytes / 1_000_000, summary.rest);
-    }
-}

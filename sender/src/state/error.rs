@@ -65,7 +65,7 @@ pub enum StateError {
         source: FormatError,
     },
     /// A file is damaged.
-    #[error("{} is damaged: {source}; run `blockferry-sender adopt`, which verifies the disk by hash and makes it anew", path.display())]
+    #[error("{} is damaged: {source}; protect the disk as a new volume, under another name (what is in the store stays restorable)", path.display())]
     Damaged {
         /// File.
         path: PathBuf,
@@ -73,7 +73,7 @@ pub enum StateError {
         source: FormatError,
     },
     /// A file that belongs to something else: another volume, incarnation, key or chain of closes.
-    #[error("{} does not belong here: {what} is {found}, expected {expected}; run `blockferry-sender adopt`, which verifies the disk by hash", path.display())]
+    #[error("{} does not belong here: {what} is {found}, expected {expected}; use the state directory that is current, or protect the disk as a new volume, under another name (what is in the store stays restorable)", path.display())]
     Foreign {
         /// File.
         path: PathBuf,
@@ -91,7 +91,7 @@ pub enum StateError {
         count: usize,
     },
     /// A close that is neither the newest committed one nor journaled.
-    #[error("close {close} is not in the journal of {}: the state is a copy or older than the log; run `blockferry-sender adopt`", path.display())]
+    #[error("close {close} is not in the journal of {}: the state is a copy or older than the log; use the state directory that is current, or protect the disk as a new volume, under another name (what is in the store stays restorable)", path.display())]
     UnknownClose {
         /// Directory of the volume.
         path: PathBuf,
