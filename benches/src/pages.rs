@@ -42,7 +42,7 @@ pub fn block(content: Content) -> Vec<u8> {
         let text = match content {
             Content::Compressible => true,
             Content::Random => false,
-            Content::Mixed => start / PAGE_BYTES % 2 == 0,
+            Content::Mixed => (start / PAGE_BYTES).is_multiple_of(2),
         };
         while bytes.len() < start + PAGE_BYTES {
             let word = random.next();

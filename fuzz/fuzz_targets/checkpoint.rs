@@ -10,9 +10,10 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     let _ = CheckpointHead::check_whole(data);
     // The head's own length says where the pages begin.
-    let length = data.get(16..HEAD_BYTES).and_then(|bytes| bytes.try_into().ok()).map_or(usize::MAX, |bytes| {
-        usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX)
-    });
+    let length = data
+        .get(16..HEAD_BYTES)
+        .and_then(|bytes| bytes.try_into().ok())
+        .map_or(usize::MAX, |bytes| usize::try_from(u32::from_le_bytes(bytes)).unwrap_or(usize::MAX));
     let head_len = length.saturating_add(OVERHEAD_BYTES).min(data.len());
     let (head, pages) = data.split_at(head_len);
     let Some(sealed) = enveloped(&KIND, head) else { return };
