@@ -230,16 +230,32 @@ impl Forwarder {
         ForwardHandle { shared: Arc::clone(&self.shared) }
     }
 
+    /// Has every volume's task stop before `step`, as a crash would.
+    #[cfg(test)]
+    fn crashing_before(mut self, step: Step) -> Self {
+        Arc::get_mut(&mut self.shared).expect("no task has started").crash_before = Some(step);
+        self
+    }
+
+    fn stop(&self) -> JoinSet<()> {
+        let mut lanes = self.shared.lock();
+        lanes.draining = true;
+        lanes.open.clear();
+        std::mem::take(&mut lanes.tasks)
+    }
+
     /// Takes no more epochs, and waits until all that were handed in are committed and released. While the store is out of
     /// reach it does not return; dropping the future ends all at once, which loses nothing.
     pub async fn drain(self) {
-        let mut tasks = {
-            let mut lanes = self.shared.lock();
-            lanes.draining = true;
-            lanes.open.clear();
-            std::mem::take(&mut lanes.tasks)
-        };
+        let mut tasks = self.stop();
         while tasks.join_next().await.is_some() {}
+    }
+}
+
+impl Drop for Forwarder {
+    /// Ends all at once; see [`Self::drain`].
+    fn drop(&mut self) {
+        drop(self.stop());
     }
 }
 

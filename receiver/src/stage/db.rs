@@ -403,7 +403,7 @@ impl Database {
         Ok((rows, dropped))
     }
 
-    fn put_row(&self, key: &[u8], value: &[u8]) -> Result<(), StageError> {
+    pub(super) fn put_row(&self, key: &[u8], value: &[u8]) -> Result<(), StageError> {
         let family = self.family(ROWS)?;
         self.db.put_cf_opt(family, key, value, &synced()).map_err(|error| self.error(&error))
     }

@@ -1,7 +1,7 @@
 //! The intake gate: when the stage takes records in, and from whom. The decision is pure; a watch tells those who wait.
 //!
 //! Between the high and the low mark the gate keeps its position, so that it does not flutter. While it is shut nobody is
-//! let in as long as there are closed epochs to forward, which frees space. If there are none, forwarding can't free
+//! let in as long as there are closed epochs to forward, or files to delete, which frees space. If there are none, forwarding can't free
 //! anything: then one volume, the one with most staged, may go on above the high mark until it has closed an epoch. The
 //! room between high mark and capacity is there for that, so a stage full of open epochs does not stand still.
 
@@ -42,6 +42,8 @@ pub(super) struct Level {
     pub(super) records: u64,
     /// Closed epochs that wait to be forwarded.
     pub(super) closed: u64,
+    /// Files wait to be deleted.
+    pub(super) freeing: bool,
 }
 
 /// Where the gate stands after `level` was reached. `waiting` gives the staged bytes of open epochs of each volume that
@@ -64,6 +66,9 @@ pub(super) fn decide(
         Intake::Full { favoured } => *favoured,
     };
     if level.closed > 0 {
+        return Intake::Full { favoured: None };
+    }
+    if level.freeing && favoured.is_none() {
         return Intake::Full { favoured: None };
     }
     // Ties go to the larger identifier, so that the choice does not depend on a map's order.
@@ -118,7 +123,7 @@ mod tests {
     const B: VolumeId = VolumeId([2; 16]);
 
     fn level(used_bytes: u64, closed: u64) -> Level {
-        Level { used_bytes, records: 0, closed }
+        Level { used_bytes, records: 0, closed, freeing: false }
     }
 
     #[test]
@@ -136,7 +141,7 @@ mod tests {
 
     #[test]
     fn too_many_records_shut_it_too() {
-        let level = |records| Level { used_bytes: 0, records, closed: 1 };
+        let level = |records| Level { used_bytes: 0, records, closed: 1, freeing: false };
         let shut = Intake::Full { favoured: None };
         assert_eq!(decide(&Intake::Open, &MARKS, level(1000), std::iter::empty()), shut);
         assert_eq!(decide(&shut, &MARKS, level(801), std::iter::empty()), shut);
@@ -154,6 +159,15 @@ mod tests {
         // It stays the same one even if another has more by now.
         assert_eq!(decide(&favoured, &MARKS, level(85, 0), [(A, 99)].into_iter()), favoured);
         assert_eq!(decide(&favoured, &MARKS, level(85, 1), waiting()), Intake::Full { favoured: None });
+    }
+
+    #[test]
+    fn nobody_is_favoured_while_space_is_being_freed_but_who_is_stays_so() {
+        let freeing = Level { freeing: true, ..level(85, 0) };
+        let shut = Intake::Full { favoured: None };
+        assert_eq!(decide(&shut, &MARKS, freeing, [(A, 1)].into_iter()), shut);
+        let favoured = Intake::Full { favoured: Some(B) };
+        assert_eq!(decide(&favoured, &MARKS, freeing, [(A, 1)].into_iter()), favoured);
     }
 
     #[test]

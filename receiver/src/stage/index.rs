@@ -162,6 +162,8 @@ pub(super) struct Index {
     metas_max: u64,
     /// Closed epochs that are not released.
     closed: u64,
+    /// Files whose deletion is under way.
+    freeing: u64,
 }
 
 impl Index {
@@ -180,6 +182,11 @@ impl Index {
 
     pub(super) fn closed(&self) -> u64 {
         self.closed
+    }
+
+    /// True while files wait to be deleted.
+    pub(super) fn is_freeing(&self) -> bool {
+        self.freeing > 0
     }
 
     /// Bytes in sorted files that are no longer live but can't be dropped with the whole file, by file, most first.
@@ -341,6 +348,7 @@ impl Index {
         match batch.family {
             Family::Records => {
                 batch.freed = true;
+                self.freeing += 1;
                 freed.batches.push(id);
             }
             Family::Trickle => {
@@ -354,6 +362,7 @@ impl Index {
     pub(super) fn batch_deleted(&mut self, id: BatchId) {
         if let Some(batch) = self.batches.remove(&id) {
             self.used_bytes -= batch.bytes;
+            self.freeing -= u64::from(batch.freed);
         }
     }
 

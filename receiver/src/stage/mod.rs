@@ -23,6 +23,8 @@ mod reader;
 mod reclaim;
 mod recover;
 #[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
 mod tests;
 mod writer;
 
@@ -194,6 +196,7 @@ impl Shared {
             used_bytes: state.index.used_bytes(),
             records: state.index.records(),
             closed: state.index.closed(),
+            freeing: state.index.is_freeing(),
         };
         #[expect(clippy::cast_precision_loss, reason = "a gauge")]
         {

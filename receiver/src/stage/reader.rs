@@ -54,7 +54,8 @@ impl EpochReader {
             let to = key(StageKey::CLOSE).encode().to_vec();
             let mut full_at = None;
             let mut damage = None;
-            self.shared.db.scan(family, &from, Some(to), true, |found| {
+            // Without RocksDB's check of whole blocks: each record has its own, and one that is dead may be damaged.
+            self.shared.db.scan(family, &from, Some(to), false, |found| {
                 let (key, value) = match found {
                     Scanned::Value { key, value } => (key, value),
                     Scanned::BadKey { reason } => {

@@ -72,6 +72,16 @@ impl Queue {
         Ok(())
     }
 
+    /// Appends jobs so that they are taken as one batch.
+    #[cfg(test)]
+    pub(super) fn push_together(&self, jobs: Vec<Job>) {
+        let mut line = self.lock();
+        line.bytes += jobs.iter().map(|job| job.value.len()).sum::<usize>();
+        line.jobs.extend(jobs);
+        drop(line);
+        self.filled.notify_one();
+    }
+
     /// Takes no more jobs; those queued are still written.
     pub(super) fn stop(&self) {
         self.lock().stopped = true;
