@@ -1,8 +1,8 @@
 //! Both halves of the session protocol, driven by the input: offers, deliveries in any order between streams, acknowledgements
 //! by the stage, commits, cut links, restarts of the receiver, lost stages, and frames from nowhere.
 //!
-//! What must hold: neither half panics; without strange frames neither refuses the other; what the sender is told to be
-//! committed is what it closed, in order.
+//! What must hold: neither half panics; without strange frames neither refuses the other; a close is handed out when all of its
+//! records are durable; what the sender is told to be committed is what it closed, in order.
 #![no_main]
 
 use std::collections::{BTreeMap, VecDeque};
@@ -304,7 +304,10 @@ impl World {
                     self.staging.push_back((ticket, header.epoch, StagedRecord { block: header.block, tag }));
                 }
                 ReceiverEvent::CheckClose(close) => {
-                    let closed = ClosedEpoch { epoch: close.statement().epoch, close: close.id() };
+                    let (epoch, records) = (close.statement().epoch, close.statement().records);
+                    let closed = ClosedEpoch { epoch, close: close.id() };
+                    let durable = self.durable.records.get(&epoch).map_or(0, |records| records.len() as u64);
+                    assert_eq!(durable, records, "a close is handed out before its records are durable");
                     assert_eq!(self.checking.replace(closed), None, "closes are handed out one at a time");
                 }
                 ReceiverEvent::DropEpoch(epoch) => {
