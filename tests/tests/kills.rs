@@ -39,7 +39,8 @@ fn pages_sent_twice(pair: &Pair, first_epoch: u64) -> (u64, u64) {
         let mut seen: HashMap<u64, u64> = HashMap::new();
         let (mut pages, mut twice) = (0, 0);
         for epoch in history.epochs.iter().filter(|epoch| epoch.close.statement().epoch.0 >= first_epoch) {
-            for reference in &epoch.segments {
+            for &number in &epoch.segments {
+                let reference = &history.segments[number as usize];
                 let index = segment::read_index(&store, reference).await.expect("the index reads");
                 let number = epoch.close.statement().epoch;
                 for entry in index.groups.iter().filter(|group| group.epoch == number).flat_map(|group| &group.entries)

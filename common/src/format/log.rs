@@ -37,12 +37,7 @@ pub struct SegmentRef {
 impl SegmentRef {
     /// Appends the reference.
     pub fn encode(&self, writer: &mut Writer) {
-        writer
-            .block(self.path.as_bytes())
-            .u64(self.size)
-            .raw(&self.digest.0)
-            .u64(self.index_offset)
-            .u32(self.records);
+        writer.block(self.path.as_bytes()).u64(self.size).raw(&self.digest.0).u64(self.index_offset).u32(self.records);
     }
 
     /// Takes a reference.
@@ -150,7 +145,8 @@ impl LogEntry {
         }
         let epochs = reader.count("log entry epochs", limits::LOG_ENTRY_EPOCHS_MAX, EPOCH_BYTES_MIN)?;
         for _ in 0..epochs {
-            let close = Close::decode(reader.block("close", limits::CLOSE_BYTES_MAX + super::envelope::OVERHEAD_BYTES)?)?;
+            let close =
+                Close::decode(reader.block("close", limits::CLOSE_BYTES_MAX + super::envelope::OVERHEAD_BYTES)?)?;
             let count = reader.count("epoch segments", limits::LOG_ENTRY_SEGMENTS_MAX, 4)?;
             let mut indexes = Vec::with_capacity(count);
             for _ in 0..count {

@@ -441,10 +441,10 @@ impl RecordMeta {
             digest: Digest(reader.array()?),
         };
         let plain_len = meta.data_mask.count() * limits::PAGE_BYTES as u32;
-        let sealed_len = meta.record_len.checked_sub(limits::RECORD_HEADER_BYTES as u32).ok_or(FormatError::Invalid {
-            what: "record length",
-            found: meta.record_len.into(),
-        })?;
+        let sealed_len = meta
+            .record_len
+            .checked_sub(limits::RECORD_HEADER_BYTES as u32)
+            .ok_or(FormatError::Invalid { what: "record length", found: meta.record_len.into() })?;
         RecordHeader {
             kind,
             codec,

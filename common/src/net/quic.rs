@@ -73,6 +73,10 @@ pub struct QuicTuning {
     pub socket_buffer_bytes: usize,
     /// Largest packet to try.
     pub mtu_max_bytes: u16,
+    /// Secret that a server keeps over restarts: with it, it can tell the peers of its predecessor, which was killed, that
+    /// their connections are gone (stateless reset, RFC 9000 §10.3). They reconnect at once then, and not after
+    /// `idle_timeout`. `None`: drawn anew at each start.
+    pub reset_key: Option<[u8; 32]>,
 }
 
 impl Default for QuicTuning {
@@ -87,6 +91,7 @@ impl Default for QuicTuning {
             congestion: Congestion::Cubic,
             socket_buffer_bytes: 8 << 20,
             mtu_max_bytes: MTU_MAX_BYTES,
+            reset_key: None,
         }
     }
 }
@@ -269,9 +274,39 @@ fn endpoint(
         receive_bytes: socket.recv_buffer_size().map_err(failed)? / 2,
         send_bytes: socket.send_buffer_size().map_err(failed)? / 2,
     };
-    let mut config = EndpointConfig::default();
+    let mut config = match &tuning.reset_key {
+        Some(key) => {
+            let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, key);
+            let mut config = EndpointConfig::new(Arc::new(key));
+            config.cid_generator(|| Box::new(PlainIds));
+            config
+        }
+        None => EndpointConfig::default(),
+    };
     // What this end takes; its default would keep the peer's discovery at Ethernet's size.
     config.max_udp_payload_size(MTU_MAX_BYTES).map_err(|error| QuicError::Setup(error.to_string()))?;
     let endpoint = Endpoint::new(config, server, socket.into(), Arc::new(quinn::TokioRuntime)).map_err(failed)?;
     Ok((endpoint, granted))
+}
+
+/// Random connection ids without a mark of who made them. (The default's mark is drawn at each start, and packets without it
+/// are dropped silently, where a reset is wanted.)
+struct PlainIds;
+
+/// Bytes of a connection id.
+const CONNECTION_ID_BYTES: usize = 8;
+
+impl quinn::ConnectionIdGenerator for PlainIds {
+    fn generate_cid(&mut self) -> quinn::ConnectionId {
+        // Without randomness there would be no TLS either; a repeated id is refused by the endpoint and drawn again.
+        quinn::ConnectionId::new(&crate::rng::random::<CONNECTION_ID_BYTES>().unwrap_or_default())
+    }
+
+    fn cid_len(&self) -> usize {
+        CONNECTION_ID_BYTES
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }

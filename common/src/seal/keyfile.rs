@@ -16,7 +16,7 @@ use std::fmt;
 
 use aes_gcm::aead::{Aead, Payload};
 use aes_gcm::{Aes256Gcm, KeyInit};
-use zeroize::{Zeroizing, ZeroizeOnDrop, Zeroize};
+use zeroize::{Zeroize, ZeroizeOnDrop, Zeroizing};
 
 use super::{DataKey, SealError, derive_key, nonce};
 use crate::format::volume_header::{WrappedKey, Wrapping};
@@ -72,11 +72,9 @@ impl KeyFile {
         let wrong = |what: &str| SealError::KeyFile(what.to_owned());
         let mut lines = text.split_inclusive('\n');
         let mut line = |number: usize, prefix: &str| {
-            lines
-                .next()
-                .and_then(|line| line.strip_suffix('\n'))
-                .and_then(|line| line.strip_prefix(prefix))
-                .ok_or_else(|| SealError::KeyFile(format!("line {number} does not start with \"{prefix}\" or is cut off")))
+            lines.next().and_then(|line| line.strip_suffix('\n')).and_then(|line| line.strip_prefix(prefix)).ok_or_else(
+                || SealError::KeyFile(format!("line {number} does not start with \"{prefix}\" or is cut off")),
+            )
         };
         if !line(1, FIRST_LINE)?.is_empty() {
             return Err(wrong("line 1 names another version; this software knows \"blockferry-key v1\""));
@@ -105,14 +103,7 @@ impl KeyFile {
         let cipher = Aes256Gcm::new(&(*derive_key(&self.key, &salt.0, &info)).into());
         let payload = Payload { msg: data_key.expose(), aad: &info };
         let wrapped = cipher.encrypt(&nonce(0).into(), payload).expect("32 bytes are within AES-GCM's bounds");
-        WrappedKey {
-            key_id,
-            wrapping: Wrapping::KeyFile,
-            wrapping_id: self.id,
-            salt,
-            parameters: Vec::new(),
-            wrapped,
-        }
+        WrappedKey { key_id, wrapping: Wrapping::KeyFile, wrapping_id: self.id, salt, parameters: Vec::new(), wrapped }
     }
 
     /// Opens the data key `key_id` out of the wrapped copies of a volume's header.

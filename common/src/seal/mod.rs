@@ -34,7 +34,9 @@ use crate::ids::{Epoch, Incarnation, KeyId, Salt, VolumeId};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum SealError {
     /// The seal does not open: altered bytes, another place than stated, or another key.
-    #[error("record of {volume} epoch {epoch} block {block} does not open: the bytes were altered or the key is another one")]
+    #[error(
+        "record of {volume} epoch {epoch} block {block} does not open: the bytes were altered or the key is another one"
+    )]
     NotAuthentic {
         /// Volume stated by the record.
         volume: VolumeId,

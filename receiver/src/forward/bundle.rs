@@ -131,6 +131,7 @@ impl Bundler {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "records are small")]
 mod tests {
     use common::format::record::{Codec, RecordHeader, RecordKind};
     use common::ids::{BlockIndex, Epoch, Incarnation, KeyId, PageMask, VolumeId};

@@ -13,6 +13,7 @@ use super::ServerError;
 
 const LOCK_FILE: &str = "lock";
 const ID_FILE: &str = "receiver.id";
+const RESET_KEY_FILE: &str = "reset.key";
 
 /// What is wrong with `receiver.id`.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +63,24 @@ pub(super) fn load_or_create(data_dir: &Path) -> Result<ReceiverId, ServerError>
             let id = ReceiverId::from_random(rng::random()?);
             secret_file::write(&path, format!("{id}\n").as_bytes()).map_err(IdentityFileError::from)?;
             Ok(id)
+        }
+        Err(error) => Err(IdentityFileError::from(error).into()),
+    }
+}
+
+/// The secret with which a receiver tells senders of a killed predecessor that their connections are gone.
+///
+/// # Errors
+/// [`IdentityFileError`], [`ServerError::Rng`].
+pub(super) fn reset_key(data_dir: &Path) -> Result<[u8; 32], ServerError> {
+    let path = data_dir.join(RESET_KEY_FILE);
+    match secret_file::read(&path) {
+        // One that is damaged costs senders a pause at the next restart; a new one does as well.
+        Ok(bytes) if bytes.len() == 32 => Ok(bytes[..].try_into().unwrap_or_default()),
+        Ok(_) | Err(FileError::Missing { .. }) => {
+            let key: [u8; 32] = rng::random()?;
+            secret_file::write(&path, &key).map_err(IdentityFileError::from)?;
+            Ok(key)
         }
         Err(error) => Err(IdentityFileError::from(error).into()),
     }

@@ -41,6 +41,8 @@ use staging::{StageOfVolumes, StoreOfVolumes};
 const ENDPOINT_FILE: &str = "endpoint.json";
 /// How often the receiver's certificate, good for a week, is made anew.
 const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
+/// How long a stop waits for the store to take what is closed.
+const DRAIN_TIME: Duration = Duration::from_secs(60);
 /// Times that a free port is sought which both TCP and UDP can have.
 const PORT_ATTEMPTS: u32 = 64;
 
@@ -189,7 +191,9 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     stop.cancel();
     let _ = accepting.await;
     let _ = serving.await;
-    forwarder.drain().await;
+    if tokio::time::timeout(DRAIN_TIME, forwarder.drain()).await.is_err() {
+        tracing::warn!("the store did not take all that is closed in time; the rest stays staged and goes at the next start");
+    }
     reports.abort();
     let _ = reports.await;
     drop(volumes);
@@ -221,6 +225,7 @@ async fn bind(
     certificate: &Arc<ServerCertificate>,
 ) -> Result<(TcpListener, quinn::Endpoint, SocketAddr), ServerError> {
     let listen = config.listen;
+    let tuning = quic::QuicTuning { reset_key: Some(identity::reset_key(&config.fleet.data_dir)?), ..config.quic.clone() };
     let mut attempt = 0;
     loop {
         attempt += 1;
@@ -233,7 +238,7 @@ async fn bind(
             ClientCertificate::Required,
             tls::ALPN_DATA,
         )?;
-        match quic::server_endpoint(address, data, &config.quic) {
+        match quic::server_endpoint(address, data, &tuning) {
             Ok((endpoint, granted)) => {
                 if granted.receive_bytes < 1 << 20 {
                     tracing::warn!(

@@ -65,7 +65,6 @@ fn unreadable(db: &Database, reason: &str) -> StageError {
 }
 
 /// Scans from `from`; where the database can't read on, the last key that it gave and why.
-#[expect(clippy::type_complexity, reason = "read in one place")]
 fn pass(
     db: &Database,
     family: Family,
