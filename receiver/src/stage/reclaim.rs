@@ -83,9 +83,8 @@ fn deleted(shared: &Shared, batches: &[BatchId]) {
 }
 
 fn rewrite_sparse(shared: &Shared) -> Result<(), StageError> {
-    let mut sparse = shared.lock().index.sparse_batches();
-    sparse.truncate(REWRITES_AT_ONCE);
-    for (batch, dead) in sparse {
+    let sparse = shared.lock().index.sparse_batches();
+    for &(batch, dead) in sparse.iter().take(REWRITES_AT_ONCE) {
         for (volume, epoch) in shared.db.epochs_of_batch(batch)? {
             let live = {
                 let state = shared.lock();
@@ -99,6 +98,10 @@ fn rewrite_sparse(shared: &Shared) -> Result<(), StageError> {
         let mut state = shared.lock();
         state.index.compacted(batch, dead);
         shared.update_gate(&mut state, true);
+    }
+    if sparse.len() > REWRITES_AT_ONCE {
+        // Comes back to the rest, if the stage is still full then, after what was queued meanwhile.
+        shared.reclaim(Freed::default());
     }
     Ok(())
 }
