@@ -9,6 +9,11 @@ use common::ids::{
 };
 use common::limits::PAGE_BYTES;
 use common::seal::{Compression, DataKey, EpochContext, Sealer, merkle};
+use tokio::sync::oneshot;
+
+use super::Stage;
+use super::index::Begin;
+use super::writer::Job;
 
 /// Size of the volumes' disks.
 pub(crate) const DISK_BYTES: u64 = 1 << 30;
@@ -92,5 +97,23 @@ impl Source {
         });
         self.parent = close.id();
         close
+    }
+}
+
+/// Stages records as one batch.
+pub(crate) async fn stage_together(stage: &Stage, records: Vec<Record>) {
+    let (mut jobs, mut answers) = (Vec::new(), Vec::new());
+    for record in records {
+        let (reply, answer) = oneshot::channel();
+        let header = *record.header();
+        let begun = stage.shared.lock().index.begin(header.volume, header.epoch, record.meta());
+        assert_eq!(begun, Ok(Begin::New));
+        let (volume, epoch, block) = (header.volume, header.epoch, header.block);
+        jobs.push(Job { volume, epoch, block, value: record.into_bytes(), reply, permit: None, slot: None });
+        answers.push(answer);
+    }
+    stage.shared.queue.push_together(jobs);
+    for answer in answers {
+        answer.await.expect("it is answered").expect("it is durable");
     }
 }
