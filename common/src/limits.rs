@@ -76,10 +76,11 @@ pub const MEMORY_BUDGET_BYTES_MIN: u64 = 64 << 20;
 /// Default share of effective memory, in percent (the product's range is 6 to 10).
 pub const MEMORY_BUDGET_PERCENT_DEFAULT: u64 = 8;
 
+const _: () = assert!(usize::BITS == 64, "lengths of files and records are taken for usize");
 const _: () = assert!(BLOCK_BYTES == 262_144);
 const _: () = assert!(RECORD_BYTES_MAX + 64 <= FRAME_BYTES_MAX);
 const _: () = assert!(STAGED_LIST_MAX * 32 + 64 <= FRAME_BYTES_MAX);
-const _: () = assert!(RECORD_BYTES_MAX < SEGMENT_BYTES_MIN as usize);
+const _: () = assert!((RECORD_BYTES_MAX as u64) < SEGMENT_BYTES_MIN);
 const _: () = assert!(EPOCH_SEALED_BYTES_MAX.div_ceil(SEGMENT_BYTES_MIN) < LOG_ENTRY_SEGMENTS_MAX as u64);
 const _: () = assert!(EPOCH_RECORDS_DECODE_MAX <= SEGMENT_RECORDS_MAX);
 const _: () = assert!(

@@ -20,8 +20,13 @@ pub const KEY_FILE_NAME: &str = "blockferry.key";
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The passphrase file.
-    #[error(transparent)]
-    Passphrase(#[from] PassphraseError),
+    #[error("passphrase file {}: {source}", path.display())]
+    Passphrase {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        source: PassphraseError,
+    },
     /// The machine's name.
     #[error("{0}; choose a name with --name")]
     Name(#[from] NameError),
@@ -64,7 +69,8 @@ pub enum Error {
 /// # Errors
 /// [`Error`], whose text names the next step.
 pub async fn register(args: &RegisterArgs) -> Result<(), Error> {
-    let passphrase = PassphraseFile::read(&args.passphrase_file)?;
+    let passphrase = PassphraseFile::read(&args.passphrase_file)
+        .map_err(|source| Error::Passphrase { path: args.passphrase_file.clone(), source })?;
     let name = args.name.clone().unwrap_or_else(host_name);
     check_name(&name)?;
     match Enrolment::load(&args.state_dir) {

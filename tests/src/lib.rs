@@ -1,5 +1,7 @@
 //! Blockferry's end-to-end tests over real binaries, devices and stores.
 
+#![allow(clippy::panic, clippy::print_stderr, clippy::print_stdout, reason = "a harness of tests fails by panicking")]
+
 pub mod images;
 pub mod mounts;
 pub mod pair;

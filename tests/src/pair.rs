@@ -141,8 +141,11 @@ impl Pair {
     pub fn receiver_command(&self) -> Command {
         let mut command = program("blockferry-receiver");
         command.arg("run").arg("--data-dir").arg(&self.data).arg("--store").arg(self.store_url());
-        command.arg("--listen").arg(self.listen.as_deref().unwrap_or("127.0.0.1:0"));
         command.args(["--metrics-listen", "127.0.0.1:0", "--memory-budget", "256MiB"]).args(&self.receiver_flags);
+        let chosen = self.receiver_flags.iter().any(|flag| flag == "--listen");
+        if let Some(listen) = self.listen.as_deref().or((!chosen).then_some("127.0.0.1:0")) {
+            command.arg("--listen").arg(listen);
+        }
         command
     }
 

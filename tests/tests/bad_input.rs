@@ -131,7 +131,7 @@ fn a_store_without_credentials_or_that_cannot_be_written_is_named() {
     let mount = Tmpfs::mount(&dir.path().join("store"), 1 << 20);
     mount.read_only();
     let url = format!("file://{}", dir.path().join("store").display());
-    check_fails("read-only store", &run(&url), 1, &["store", "read-only"]);
+    check_fails("read-only store", &run(&url), 1, &["store", "read-write"]);
 }
 
 #[test]

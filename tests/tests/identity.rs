@@ -45,7 +45,7 @@ fn a_receiver_of_another_fleet_is_refused_by_its_fingerprint() {
     let passphrase = ours.passphrase(&[]);
     // Our passphrase, their receiver.
     let output = theirs.register(&theirs.file("second"), &passphrase, "second").output().expect("it runs");
-    check_fails("wrong fingerprint", &output, 1, &["fingerprint"]);
+    check_fails("wrong fingerprint", &output, 1, &["sha256:", "another fleet"]);
 }
 
 #[test]

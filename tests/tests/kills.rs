@@ -1,6 +1,14 @@
 //! Twenty SIGKILLs at random moments of either end: the restored image is identical, and nothing that was acknowledged in a
 //! closed epoch travelled twice. `BLOCKFERRY_SEED` replays; the seed is printed first.
 
+#![allow(
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    clippy::map_entry,
+    reason = "a test fails by panicking and prints its seed"
+)]
+
 use std::collections::HashMap;
 use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
@@ -111,5 +119,6 @@ fn twenty_kills_of_either_end_lose_nothing_and_resend_nothing_of_a_closed_epoch(
         let _ = images::churn(&image, 4000, random.number());
     }
     println!("{kills} kills, {receiver_kills} of them of the receiver, over {points} points");
-    assert_eq!(pair.points("disk").len(), points, "each run made one point");
+    // A kill between a point's close and its report makes the run that follows add another.
+    assert!(pair.points("disk").len() >= points, "each run made a point");
 }

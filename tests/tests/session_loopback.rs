@@ -1,6 +1,14 @@
 //! The sending driver against the accepting driver over real QUIC on loopback, through a relay that can cut the link. The
 //! stage, the log and the forwarder are small models in memory that outlive the receiver they serve.
 
+#![allow(
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::cast_possible_truncation,
+    clippy::map_entry,
+    reason = "a test fails by panicking and prints its seed"
+)]
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};

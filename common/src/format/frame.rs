@@ -81,6 +81,7 @@ impl RefusalCode {
 
 /// One message of a data stream.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "frames are few and pass by value from stream to session")]
 pub enum Frame {
     /// Sender, first on stream 0: claims a volume.
     Open {

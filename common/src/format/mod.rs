@@ -4,6 +4,11 @@
 //! only then reserves memory; every flipped byte is an error; no input makes it panic. The byte tables are in
 //! `docs/formats/`; the golden files beside this module keep code and pages together.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "lengths are within crate::limits, far below 4 GiB, on 64-bit targets alone"
+)]
+
 pub mod checkpoint;
 pub mod close;
 pub mod envelope;

@@ -8,6 +8,11 @@
 //! Promises: `open(seal(x)) == x`; a record opened at another place than it was sealed for is an error; keys are wiped when
 //! dropped and print nothing. Never: draws randomness, reads files or clocks.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "lengths are within crate::limits, far below 4 GiB, on 64-bit targets alone"
+)]
+
 pub mod keyfile;
 pub mod merkle;
 mod opener;

@@ -51,6 +51,10 @@ impl Sealer {
     /// # Panics
     /// If the masks overlap or are both empty, or the counter is reused: bugs of the caller that this can't see are not
     /// detected, the former are refused by the decoder.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is a field of the record's header; a struct would only move the list"
+    )]
     pub fn seal_block(
         &mut self,
         key: &EpochKey,

@@ -407,20 +407,20 @@ impl World {
         }
         for stream in 0..STREAMS {
             // A stream has room for a frame now and then, not always.
-            if self.random.one_in(2) {
-                if let Some(frame) = self.sender.poll_frame(stream) {
-                    if let Frame::Record { record, .. } = &frame {
-                        let key = (record.header().epoch.0, record.header().block.0);
-                        let seed = self.seed;
-                        assert!(!self.acknowledged.contains(&key), "seed {seed}: {key:?} was staged and is sent again");
-                    }
-                    self.up[usize::from(stream)].send(&frame);
+            if self.random.one_in(2)
+                && let Some(frame) = self.sender.poll_frame(stream)
+            {
+                if let Frame::Record { record, .. } = &frame {
+                    let key = (record.header().epoch.0, record.header().block.0);
+                    let seed = self.seed;
+                    assert!(!self.acknowledged.contains(&key), "seed {seed}: {key:?} was staged and is sent again");
                 }
+                self.up[usize::from(stream)].send(&frame);
             }
-            if self.random.one_in(2) {
-                if let Some(frame) = self.receiver.poll_frame(stream) {
-                    self.down[usize::from(stream)].send(&frame);
-                }
+            if self.random.one_in(2)
+                && let Some(frame) = self.receiver.poll_frame(stream)
+            {
+                self.down[usize::from(stream)].send(&frame);
             }
         }
     }
@@ -485,21 +485,21 @@ impl World {
             self.stage.entry(epoch).or_default().insert(block, tag);
             self.receiver.handle_staged(ticket);
         }
-        if self.random.one_in(3) {
-            if let Some(close) = self.checking.take() {
-                let closed = ClosedEpoch { epoch: close.statement().epoch, close: close.id() };
-                self.closes.push_back((closed, close.statement().parent));
-                self.receiver.handle_close_staged(close.id());
-            }
+        if self.random.one_in(3)
+            && let Some(close) = self.checking.take()
+        {
+            let closed = ClosedEpoch { epoch: close.statement().epoch, close: close.id() };
+            self.closes.push_back((closed, close.statement().parent));
+            self.receiver.handle_close_staged(close.id());
         }
-        if self.random.one_in(6) {
-            if let Some((closed, parent)) = self.closes.pop_front() {
-                let head = self.log.last().map_or(CloseId::ZERO, |(closed, ..)| closed.close);
-                assert_eq!(head, parent, "seed {}: commits chain", self.seed);
-                let records = self.stage.remove(&closed.epoch.0).unwrap_or_default();
-                self.log.push((closed, parent, records));
-                self.receiver.handle_committed(closed.close);
-            }
+        if self.random.one_in(6)
+            && let Some((closed, parent)) = self.closes.pop_front()
+        {
+            let head = self.log.last().map_or(CloseId::ZERO, |(closed, ..)| closed.close);
+            assert_eq!(head, parent, "seed {}: commits chain", self.seed);
+            let records = self.stage.remove(&closed.epoch.0).unwrap_or_default();
+            self.log.push((closed, parent, records));
+            self.receiver.handle_committed(closed.close);
         }
         self.receiver_events();
     }
@@ -515,7 +515,7 @@ impl World {
             self.restart_receiver(false);
         } else if self.random.one_in(1_200) {
             self.restart_receiver(true);
-        } else if self.seed % 2 == 0 && self.random.one_in(900) && self.session < 200 {
+        } else if self.seed.is_multiple_of(2) && self.random.one_in(900) && self.session < 200 {
             // Not under every seed: a restart would also mend what a fault of the session broke.
             self.restart_sender();
         }

@@ -81,8 +81,8 @@ pub(super) async fn serve(
                 used = true;
             }
             () = over.cancelled() => {
-                connection.close(CLOSED_SHUTDOWN, b"the receiver is stopping");
-                break "the receiver is stopping".to_owned();
+                connection.close(CLOSED_SHUTDOWN, b"the receiver ends this connection");
+                break "ended from here".to_owned();
             }
         }
     };

@@ -17,7 +17,8 @@
 mod connection;
 mod stream;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -38,7 +39,7 @@ use crate::volumes::Volumes;
 pub struct AcceptLimits {
     /// Connections in all.
     pub connections_max: usize,
-    /// Connections of one machine: one in use, and those that its network has not yet seen die.
+    /// Connections of one machine: one in use, and those that its network has not yet seen die. The oldest goes first.
     pub machine_connections_max: usize,
     /// Until a connection's handshake is complete.
     pub handshake_time: Duration,
@@ -158,12 +159,10 @@ async fn serve(incoming: Incoming, acceptor: Arc<Acceptor>, machines: Arc<Machin
     if (acceptor.revoked)(&peer) {
         return refuse("revoked", "this certificate was revoked");
     }
-    let Some(_place) = machines.enter(machine, acceptor.limits.machine_connections_max) else {
-        return refuse("too_many_connections", "too many connections of this machine");
-    };
+    let place = machines.enter(machine, acceptor.limits.machine_connections_max, over.child_token());
     tracing::info!(%remote, machine = peer.name, "a machine connected");
     metrics::gauge!("blockferry_receiver_connections").increment(1.0);
-    let reason = connection::serve(&acceptor, &connection, &peer, &over).await;
+    let reason = connection::serve(&acceptor, &connection, &peer, &place.over).await;
     metrics::gauge!("blockferry_receiver_connections").decrement(1.0);
     tracing::info!(%remote, machine = peer.name, reason, "a machine's connection ended");
 }
@@ -172,19 +171,27 @@ fn count(kind: &'static str) {
     metrics::counter!("blockferry_receiver_errors_total", "kind" => kind).increment(1);
 }
 
-/// Connections of each machine.
+/// Connections of each machine, oldest first.
 #[derive(Debug, Default)]
-struct Machines(Mutex<HashMap<MachineId, usize>>);
+struct Machines {
+    open: Mutex<HashMap<MachineId, VecDeque<(u64, CancellationToken)>>>,
+    next: AtomicU64,
+}
 
 impl Machines {
-    fn enter(self: &Arc<Self>, machine: MachineId, max: usize) -> Option<MachinePlace> {
-        let mut counts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(machine).or_default();
-        if *count >= max {
-            return None;
+    /// Enters a connection, which `over` ends. Where the machine has `max` already, the oldest is ended: a machine needs one,
+    /// and those of senders that were killed stand until their idle timeout.
+    fn enter(self: &Arc<Self>, machine: MachineId, max: usize, over: CancellationToken) -> MachinePlace {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let connections = open.entry(machine).or_default();
+        connections.push_back((number, over.clone()));
+        while connections.len() > max {
+            if let Some((_, oldest)) = connections.pop_front() {
+                oldest.cancel();
+            }
         }
-        *count += 1;
-        Some(MachinePlace { machines: Arc::clone(self), machine })
+        MachinePlace { machines: Arc::clone(self), machine, number, over }
     }
 }
 
@@ -192,15 +199,17 @@ impl Machines {
 struct MachinePlace {
     machines: Arc<Machines>,
     machine: MachineId,
+    number: u64,
+    over: CancellationToken,
 }
 
 impl Drop for MachinePlace {
     fn drop(&mut self) {
-        let mut counts = self.machines.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.machine) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.machine);
+        let mut open = self.machines.open.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(connections) = open.get_mut(&self.machine) {
+            connections.retain(|(number, _)| *number != self.number);
+            if connections.is_empty() {
+                open.remove(&self.machine);
             }
         }
     }
@@ -211,17 +220,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_machine_gets_its_places_back() {
+    fn a_machine_with_too_many_connections_loses_its_oldest() {
         let machines = Arc::new(Machines::default());
         let machine = MachineId([1; 16]);
-        let first = machines.enter(machine, 2);
-        let second = machines.enter(machine, 2);
-        assert!(first.is_some() && second.is_some());
-        assert!(machines.enter(machine, 2).is_none());
-        assert!(machines.enter(MachineId([2; 16]), 2).is_some());
-        drop(first);
-        assert!(machines.enter(machine, 2).is_some());
-        drop(second);
-        assert!(machines.0.lock().expect("not poisoned").is_empty());
+        let enter = |machine| machines.enter(machine, 2, CancellationToken::new());
+        let (first, second, other) = (enter(machine), enter(machine), enter(MachineId([2; 16])));
+        assert!(!first.over.is_cancelled());
+        let third = enter(machine);
+        assert!(first.over.is_cancelled());
+        assert!(!second.over.is_cancelled() && !third.over.is_cancelled() && !other.over.is_cancelled());
+        drop((first, third));
+        let fourth = enter(machine);
+        assert!(!second.over.is_cancelled(), "places given back are free again");
+        drop((second, fourth, other));
+        assert!(machines.open.lock().expect("not poisoned").is_empty());
     }
 }

@@ -192,7 +192,9 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     let _ = accepting.await;
     let _ = serving.await;
     if tokio::time::timeout(DRAIN_TIME, forwarder.drain()).await.is_err() {
-        tracing::warn!("the store did not take all that is closed in time; the rest stays staged and goes at the next start");
+        tracing::warn!(
+            "the store did not take all that is closed in time; the rest stays staged and goes at the next start"
+        );
     }
     reports.abort();
     let _ = reports.await;
@@ -225,7 +227,8 @@ async fn bind(
     certificate: &Arc<ServerCertificate>,
 ) -> Result<(TcpListener, quinn::Endpoint, SocketAddr), ServerError> {
     let listen = config.listen;
-    let tuning = quic::QuicTuning { reset_key: Some(identity::reset_key(&config.fleet.data_dir)?), ..config.quic.clone() };
+    let tuning =
+        quic::QuicTuning { reset_key: Some(identity::reset_key(&config.fleet.data_dir)?), ..config.quic.clone() };
     let mut attempt = 0;
     loop {
         attempt += 1;
@@ -318,7 +321,7 @@ fn process(what: &'static str, error: &dyn std::error::Error) -> ServerError {
 }
 
 fn describe_metrics() {
-    use metrics::{Unit, counter, describe_counter, describe_gauge};
+    use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram};
     describe_gauge!("blockferry_receiver_memory_budget_bytes", Unit::Bytes, "Memory that the process may use.");
     describe_gauge!("blockferry_receiver_memory_used_bytes", Unit::Bytes, "Resident memory of the process.");
     describe_gauge!("blockferry_receiver_payload_bytes", Unit::Bytes, "Records in flight, charged to the budget.");
@@ -338,6 +341,14 @@ fn describe_metrics() {
     describe_counter!("blockferry_receiver_committed_bytes_total", Unit::Bytes, "Record bytes committed to the store.");
     describe_counter!("blockferry_receiver_points_total", Unit::Count, "Committed recovery points, by consistency.");
     describe_counter!("blockferry_receiver_errors_total", Unit::Count, "Errors, by kind.");
+    describe_gauge!("blockferry_receiver_connections", Unit::Count, "Connections of machines.");
+    describe_histogram!(
+        "blockferry_receiver_stage_batch_bytes",
+        Unit::Bytes,
+        "Sizes of batches made durable in the stage."
+    );
+    describe_histogram!("blockferry_receiver_stage_commit_seconds", Unit::Seconds, "Time to make a batch durable.");
+    describe_histogram!("blockferry_receiver_upload_seconds", Unit::Seconds, "Time to store a segment.");
     describe_counter!("blockferry_store_requests_total", Unit::Count, "Requests to the object store, by operation.");
     // Series that alerts look at exist from the start, so that their first increase is seen.
     counter!("blockferry_receiver_received_bytes_total").increment(0);

@@ -300,6 +300,7 @@ impl VolumeAgent {
     async fn next_event(&mut self) -> Result<Option<SenderEvent>, AgentError> {
         let patience = self.shared.config.once;
         let mut link = self.shared.sender.state();
+        let mut refusals = self.shared.sender.state();
         let mut down_since = Instant::now();
         loop {
             tokio::select! {
@@ -311,6 +312,10 @@ impl VolumeAgent {
                     });
                 }
                 _ = self.shared.shutdown.requested() => return Ok(None),
+                Ok(state) = refusals.wait_for(|state| state.refused.is_some()) => {
+                    let reason = format!("{}; register this machine again", state.refused.clone().unwrap_or_default());
+                    return Err(AgentError::SessionEnded { volume: self.name.clone(), reason });
+                }
                 () = tokio::time::sleep(Duration::from_secs(1)), if patience => {
                     let state = link.borrow_and_update().clone();
                     if state.connected {

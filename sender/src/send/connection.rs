@@ -12,6 +12,9 @@ use super::{LinkState, Route};
 /// A connection that lived this long counts as a success: the next wait is short again.
 const LASTED: Duration = Duration::from_secs(10);
 
+/// The close code by which a receiver says that this machine may not send: `CLOSED_NOT_ALLOWED` of its `accept`.
+const CLOSED_NOT_ALLOWED: quinn::VarInt = quinn::VarInt::from_u32(2);
+
 /// Connects, publishes the connection, waits for its end, and starts over, until stopped.
 pub(super) async fn keep(
     route: Route,
@@ -21,6 +24,7 @@ pub(super) async fn keep(
 ) {
     let mut backoff = Backoff::for_connections();
     loop {
+        let mut refused = None;
         let connected = tokio::select! {
             () = stop.cancelled() => return,
             connected = connect(&route) => connected,
@@ -44,6 +48,11 @@ pub(super) async fn keep(
                 if since.elapsed() >= LASTED {
                     backoff.reset();
                 }
+                if let quinn::ConnectionError::ApplicationClosed(close) = &error
+                    && close.error_code == CLOSED_NOT_ALLOWED
+                {
+                    refused = Some(String::from_utf8_lossy(&close.reason).into_owned());
+                }
                 error.to_string()
             }
             Err(error) => error,
@@ -54,6 +63,7 @@ pub(super) async fn keep(
             connected: false,
             failed_attempts: backoff.attempts(),
             last_error: Some(error),
+            refused,
         });
         metrics::counter!("blockferry_sender_errors_total", "kind" => "connection").increment(1);
         tokio::select! {

@@ -73,6 +73,9 @@ pub struct LinkState {
     pub failed_attempts: u32,
     /// What went wrong last; `None` before anything did.
     pub last_error: Option<String>,
+    /// Set where the receiver closed the connection because of who this machine is (revoked, of another role): trying again
+    /// will not help.
+    pub refused: Option<String>,
 }
 
 /// The connection to the receiver, shared by volumes. Clones share it; it ends by [`Self::stop`].
