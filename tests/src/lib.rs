@@ -3,5 +3,6 @@
 #![allow(clippy::panic, clippy::print_stderr, clippy::print_stdout, reason = "a harness of tests fails by panicking")]
 
 pub mod images;
+pub mod lossy;
 pub mod mounts;
 pub mod pair;

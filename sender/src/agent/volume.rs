@@ -463,7 +463,8 @@ impl VolumeAgent {
                         }
                     }
                 },
-                output = pass.next() => match output {
+                // Epochs that are not committed are bounded: until one is, nothing more is taken, and the pass waits.
+                output = pass.next(), if self.sender.epochs_in_flight() < limits::EPOCHS_IN_FLIGHT_MAX => match output {
                     Some(PassOutput::Sealed(sealed)) => self.take(sealed).await?,
                     Some(PassOutput::Finished(summary)) => {
                         progress.advance(summary.bytes_read.saturating_sub(progress.done()));
