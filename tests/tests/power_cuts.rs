@@ -1,0 +1,157 @@
+//! A receiver on a disk that loses its power: nothing that was acknowledged may be missing afterwards. First, that the disk of
+//! these tests really forgets.
+
+#![allow(clippy::panic, clippy::print_stdout, reason = "a test fails by panicking and prints its seed")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::process::{Child, Stdio};
+use std::time::{Duration, Instant};
+
+use blockferry_tests::images::{self, PAGE, Random};
+use blockferry_tests::lossy::{LossyDisk, Unsynced};
+use blockferry_tests::pair::{Pair, Summary};
+
+const CUTS: u32 = 20;
+
+/// The seed of a run, printed so that a failure can be run again with `BLOCKFERRY_SEED`.
+fn seed() -> u64 {
+    let given = std::env::var("BLOCKFERRY_SEED").ok().and_then(|text| text.parse().ok());
+    let seed = given.unwrap_or_else(|| u64::from_le_bytes(common::rng::random().expect("randomness")));
+    println!("BLOCKFERRY_SEED={seed}");
+    seed
+}
+
+fn lossy(mib: u64) -> (tempfile::TempDir, LossyDisk) {
+    let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let disk = LossyDisk::create(&dir.path().join("mount"), mib << 20);
+    (dir, disk)
+}
+
+#[test]
+fn what_was_synced_survives_a_power_cut_and_what_was_not_is_gone() {
+    let (_dir, mut disk) = lossy(64);
+    let write = |name: &str, sync: bool| {
+        let mut file = File::create(disk.path().join(name)).expect("a file");
+        file.write_all(&[7; 100_000]).expect("room");
+        if sync {
+            file.sync_all().expect("the disk has power");
+        }
+    };
+    write("synced", true);
+    write("unsynced", false);
+    disk.cut_power();
+    disk.restore_power(Unsynced::Lost);
+    let mut content = Vec::new();
+    File::open(disk.path().join("synced")).expect("it survived").read_to_end(&mut content).expect("readable");
+    assert_eq!(content, [7; 100_000]);
+    let lost = std::fs::read(disk.path().join("unsynced")).unwrap_or_default();
+    assert_ne!(lost, [7; 100_000], "nobody synced it");
+    disk.check();
+}
+
+/// Pages of an overwrite that reached the disk's cache with `O_DIRECT` and were not flushed: how many are new, and how many are
+/// neither old nor new, after a power cut.
+fn overwritten(unsynced: Unsynced) -> (usize, usize) {
+    const PAGES: usize = 256;
+    let (_dir, mut disk) = lossy(64);
+    let path = disk.path().join("file");
+    let mut file = File::create(&path).expect("a file");
+    file.write_all(&[1; PAGES * PAGE]).expect("room");
+    file.sync_all().expect("the disk has power");
+    drop(file); // an open file would keep the mount
+    let direct = i32::try_from(rustix::fs::OFlags::DIRECT.bits()).expect("a small flag");
+    let file = File::options().write(true).custom_flags(direct).open(&path).expect("it is there");
+    let buffer = vec![2_u8; 2 * PAGE];
+    let aligned = buffer.as_ptr().align_offset(PAGE);
+    for page in 0..PAGES {
+        file.write_all_at(&buffer[aligned..aligned + PAGE], (page * PAGE) as u64).expect("the disk has power");
+    }
+    assert!(disk.unsynced_pages() >= PAGES, "the disk has them in its cache");
+    disk.cut_power();
+    assert!(file.sync_all().is_err(), "no sync is confirmed without power");
+    drop(file);
+    disk.restore_power(unsynced);
+    let content = std::fs::read(&path).expect("it is there");
+    assert_eq!(content.len(), PAGES * PAGE);
+    let all = |value: u8| content.chunks(PAGE).filter(|page| page.iter().all(|byte| *byte == value)).count();
+    let (old, new) = (all(1), all(2));
+    disk.check();
+    (new, PAGES - old - new)
+}
+
+#[test]
+fn an_overwrite_in_the_disks_cache_is_lost() {
+    assert_eq!(overwritten(Unsynced::Lost), (0, 0));
+}
+
+#[test]
+fn the_dice_leave_an_overwrite_done_in_part_and_torn() {
+    let (new, torn) = overwritten(Unsynced::Dice(42));
+    assert!(new > 32 && new < 224 && torn > 0, "{new} new, {torn} torn");
+    assert_eq!(overwritten(Unsynced::Dice(42)), (new, torn), "the same seed gives the same disk");
+}
+
+fn start_sender(pair: &Pair, image: &std::path::Path) -> Child {
+    let log = File::options().create(true).append(true).open(pair.file("sender.log")).expect("a log");
+    let mut command = pair.sender_command(&[("disk", image)]);
+    // Small epochs, so that closes are in flight whenever the power goes, and a rate that lets it go in the middle of a pass.
+    command
+        .args(["--epoch-size", "2MiB", "--rate-limit", "24MiB/s"])
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()
+        .expect("the sender starts")
+}
+
+#[test]
+fn twenty_power_cuts_of_the_receiver_lose_nothing_that_was_acknowledged() {
+    let mut random = Random(seed());
+    let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+    let mut disk = LossyDisk::create(&dir.path().join("power"), 3 << 30);
+    let data = disk.path().join("receiver");
+    let mut pair = Pair::start_in(dir, Some(data), &["--stage-capacity", "1GiB"]);
+    let image = pair.file("disk.img");
+    images::build(&image, 96);
+    let (mut cuts, mut lost_pages) = (0, 0);
+    while cuts < CUTS {
+        let mut child = start_sender(&pair, &image);
+        let summary = loop {
+            let until = Instant::now() + Duration::from_millis(random.below(700));
+            let ended = loop {
+                if let Some(status) = child.try_wait().expect("a child can be asked") {
+                    break Some(status);
+                }
+                if cuts < CUTS && Instant::now() >= until {
+                    break None;
+                }
+                std::thread::sleep(Duration::from_millis(2));
+            };
+            let Some(status) = ended else {
+                if random.below(2) == 0 {
+                    disk.write_back();
+                }
+                disk.cut_power();
+                lost_pages += disk.unsynced_pages();
+                pair.kill_receiver();
+                disk.restore_power(Unsynced::Dice(random.number()));
+                pair.start_receiver();
+                cuts += 1;
+                continue;
+            };
+            let log = std::fs::read_to_string(pair.file("sender.log")).unwrap_or_default();
+            assert!(status.success(), "the sender ended with {status}:\n{log}");
+            // A sender keeps a record until it is acknowledged, and notices if one that was is not there any more.
+            assert!(!log.contains("lost what it had staged"), "after {cuts} power cuts:\n{log}");
+            let output = child.wait_with_output().expect("it ended").stdout;
+            break Summary(serde_json::from_slice(&output).expect("one JSON object"));
+        };
+        assert_eq!(summary.number("records_resent"), 0, "records that were staged travelled twice: {}", summary.0);
+        pair.restores_to("disk", "latest", &image);
+        let _ = images::churn(&image, 4000, random.number());
+    }
+    println!("{cuts} power cuts, {lost_pages} unsynced pages rolled for");
+    pair.stop_receiver();
+    disk.check();
+}
