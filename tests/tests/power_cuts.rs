@@ -105,17 +105,33 @@ fn start_sender(pair: &Pair, image: &std::path::Path) -> Child {
         .expect("the sender starts")
 }
 
-#[test]
-fn twenty_power_cuts_of_the_receiver_lose_nothing_that_was_acknowledged() {
+/// Whose disk loses its power.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Victim {
+    /// The receiver's data directory: stage and identity.
+    Receiver,
+    /// The store, a directory of the receiver's machine.
+    Store,
+    /// The sender's state directory.
+    Sender,
+}
+
+/// Replicates an image again and again while `victim` loses its power `cuts` times; each point must restore.
+fn cut_and_compare(victim: Victim, cuts: u32) {
     let mut random = Random(seed());
     let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
-    let mut disk = LossyDisk::create(&dir.path().join("power"), 3 << 30);
-    let data = disk.path().join("receiver");
-    let mut pair = Pair::start_in(dir, Some(data), &["--stage-capacity", "1GiB"]);
+    let place = match victim {
+        Victim::Receiver => "power",
+        Victim::Store => "store",
+        Victim::Sender => "sender",
+    };
+    let mut disk = LossyDisk::create(&dir.path().join(place), 3 << 30);
+    let data = (victim == Victim::Receiver).then(|| disk.path().join("receiver"));
+    let mut pair = Pair::start_in(dir, data, &["--stage-capacity", "1GiB"]);
     let image = pair.file("disk.img");
     images::build(&image, 96);
-    let (mut cuts, mut lost_pages) = (0, 0);
-    while cuts < CUTS {
+    let (mut done, mut rolled) = (0, 0);
+    while done < cuts {
         let mut child = start_sender(&pair, &image);
         let summary = loop {
             let until = Instant::now() + Duration::from_millis(random.below(700));
@@ -123,35 +139,57 @@ fn twenty_power_cuts_of_the_receiver_lose_nothing_that_was_acknowledged() {
                 if let Some(status) = child.try_wait().expect("a child can be asked") {
                     break Some(status);
                 }
-                if cuts < CUTS && Instant::now() >= until {
+                if done < cuts && Instant::now() >= until {
                     break None;
                 }
                 std::thread::sleep(Duration::from_millis(2));
             };
-            let Some(status) = ended else {
-                if random.below(2) == 0 {
-                    disk.write_back();
-                }
-                disk.cut_power();
-                lost_pages += disk.unsynced_pages();
+            if let Some(status) = ended {
+                let log = std::fs::read_to_string(pair.file("sender.log")).unwrap_or_default();
+                assert!(status.success(), "the sender ended with {status}:\n{log}");
+                // A sender keeps a record until it is acknowledged, and notices if one that was is not there any more.
+                assert!(!log.contains("lost what it had staged"), "after {done} power cuts:\n{log}");
+                let output = child.wait_with_output().expect("it ended").stdout;
+                break Summary(serde_json::from_slice(&output).expect("one JSON object"));
+            }
+            if random.below(2) == 0 {
+                disk.write_back();
+            }
+            disk.cut_power();
+            rolled += disk.unsynced_pages();
+            let unsynced = Unsynced::Dice(random.number());
+            if victim == Victim::Sender {
+                child.kill().expect("a child can be killed");
+                child.wait().expect("a child can be waited for");
+                disk.restore_power(unsynced);
+                child = start_sender(&pair, &image);
+            } else {
                 pair.kill_receiver();
-                disk.restore_power(Unsynced::Dice(random.number()));
+                disk.restore_power(unsynced);
                 pair.start_receiver();
-                cuts += 1;
-                continue;
-            };
-            let log = std::fs::read_to_string(pair.file("sender.log")).unwrap_or_default();
-            assert!(status.success(), "the sender ended with {status}:\n{log}");
-            // A sender keeps a record until it is acknowledged, and notices if one that was is not there any more.
-            assert!(!log.contains("lost what it had staged"), "after {cuts} power cuts:\n{log}");
-            let output = child.wait_with_output().expect("it ended").stdout;
-            break Summary(serde_json::from_slice(&output).expect("one JSON object"));
+            }
+            done += 1;
         };
         assert_eq!(summary.number("records_resent"), 0, "records that were staged travelled twice: {}", summary.0);
         pair.restores_to("disk", "latest", &image);
         let _ = images::churn(&image, 4000, random.number());
     }
-    println!("{cuts} power cuts, {lost_pages} unsynced pages rolled for");
+    println!("{done} power cuts, {rolled} unsynced pages rolled for");
     pair.stop_receiver();
     disk.check();
+}
+
+#[test]
+fn twenty_power_cuts_of_the_receiver_lose_nothing_that_was_acknowledged() {
+    cut_and_compare(Victim::Receiver, CUTS);
+}
+
+#[test]
+fn power_cuts_of_the_store_lose_nothing_that_was_committed() {
+    cut_and_compare(Victim::Store, CUTS / 2);
+}
+
+#[test]
+fn power_cuts_of_the_sender_leave_no_hash_that_lies() {
+    cut_and_compare(Victim::Sender, CUTS / 2);
 }
