@@ -18,7 +18,9 @@ use crate::cli::{CONFIG_DEFAULT, FleetArgs, RunArgs};
 
 const METRICS_PORT_DEFAULT: u16 = 9464;
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle receiver, rounded up.
-const BASE_BYTES: u64 = 16 << 20;
+const BASE_BYTES: u64 = 32 << 20;
+/// Smallest budget of a receiver. With half of it (the senders' minimum) resident memory was measured at 95 MiB.
+const BUDGET_MIN: ByteCount = ByteCount(128 << 20);
 /// Share of the budget for RocksDB and the stage's index, as a divisor.
 const STAGE_SHARE: u64 = 4;
 /// Share of the budget for unread bytes of QUIC streams, as a divisor.
@@ -161,7 +163,13 @@ impl RunConfig {
     pub fn resolve(args: &RunArgs, file: &FileConfig) -> Result<Self, ConfigError> {
         let invalid = |problem: String| ConfigError::Invalid(problem);
         let spec = args.memory.effective(file.memory_budget);
-        let total = budget::resolve(spec, &budget::effective_memory()?)?.bytes();
+        let effective = budget::effective_memory()?;
+        let found = budget::resolve(spec, &effective)?;
+        if found < BUDGET_MIN {
+            let (effective, minimum) = (effective.bytes, BUDGET_MIN);
+            return Err(BudgetError::BelowMinimum { spec, found, effective, minimum }.into());
+        }
+        let total = found.bytes();
         let quic_bytes = (total / QUIC_SHARE).clamp(8 << 20, 64 << 20);
         let stage_memory_bytes = (total / STAGE_SHARE).clamp(16 << 20, 512 << 20);
         let segment_memory_bytes = (total / SEGMENT_SHARE).clamp(16 << 20, 1 << 30);
@@ -297,7 +305,7 @@ mod tests {
 
     #[test]
     fn the_smallest_budget_still_leaves_room_for_payload_and_a_segment() {
-        let config = resolve(&[&FLEET[..], &["--memory-budget", "64MiB"]].concat(), "").expect("valid");
+        let config = resolve(&[&FLEET[..], &["--memory-budget", "128MiB"]].concat(), "").expect("valid");
         assert!(config.memory.payload() >= 4 << 20, "{}", config.memory);
         assert!(config.segment_bytes >= 8 << 20);
     }
@@ -309,7 +317,7 @@ mod tests {
             (&["--store", "file:///s"], "--data-dir"),
             (&["--data-dir", "/d", "--store", "file:///s", "--segment-size", "1MiB"], "--segment-size"),
             (&["--data-dir", "/d", "--store", "file:///s", "--stage-capacity", "1MiB"], "--stage-capacity"),
-            (&["--data-dir", "/d", "--store", "file:///s", "--memory-budget", "1MiB"], "64"),
+            (&["--data-dir", "/d", "--store", "file:///s", "--memory-budget", "100MiB"], "128"),
             (&["--data-dir", "/d", "--store", "file:///s", "--name", "a b"], "--name"),
         ] {
             let error = resolve(flags, "").expect_err("invalid").to_string();

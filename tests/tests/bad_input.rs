@@ -188,8 +188,8 @@ fn a_budget_under_the_minimum_is_a_usage_error_that_names_it() {
     let output = sender.arg("--volume").arg(format!("disk={}", image.display())).output().expect("it runs");
     check_fails("sender budget", &output, 2, &["10", "64", "--memory-budget"]);
     let mut receiver = program("blockferry-receiver");
-    receiver.args(["run", "--memory-budget", "10MiB", "--store", "file:///nowhere", "--data-dir", "/nowhere"]);
-    check_fails("receiver budget", &receiver.output().expect("it runs"), 2, &["10", "64", "--memory-budget"]);
+    receiver.args(["run", "--memory-budget", "100MiB", "--store", "file:///nowhere", "--data-dir", "/nowhere"]);
+    check_fails("receiver budget", &receiver.output().expect("it runs"), 2, &["100", "128", "--memory-budget"]);
 }
 
 #[test]

@@ -208,11 +208,3 @@ async fn objects_are_readable_by_others_and_the_stores_own_folders_are_not() {
     assert_eq!(mode("store/.locks"), 0o700);
     assert_eq!(mode("store/v1/x") & 0o400, 0o400);
 }
-
-/// For a cloud, or a server that speaks its protocol: set `BLOCKFERRY_TEST_STORE` to an empty place there, and credentials.
-#[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a cloud store and its credentials in the environment"]
-async fn a_cloud_store_conforms() {
-    let url = std::env::var("BLOCKFERRY_TEST_STORE").expect("BLOCKFERRY_TEST_STORE is set");
-    conforms(&Store::open(&url).await.expect("opened")).await;
-}
