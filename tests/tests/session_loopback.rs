@@ -398,7 +398,12 @@ fn start_sender(fleet: &Fleet, machine: MachineId, receiver: SocketAddr) -> Send
     let credentials = fleet.issue(Role::Machine, machine.0);
     let tls = client_config(&fleet.authority, Some(&credentials), ALPN_DATA).expect("usable");
     let (endpoint, _) = client_endpoint(&tuning()).expect("a free port");
-    Sender::start(Route { endpoint, receivers: vec![receiver.into()], tls: Arc::new(tls), tuning: tuning() })
+    Sender::start(Route {
+        endpoint,
+        receivers: vec![receiver.into()],
+        tls: watch::channel(Arc::new(tls)).1,
+        tuning: tuning(),
+    })
 }
 
 fn config(session: u8, known: CloseId) -> SenderConfig {

@@ -140,7 +140,7 @@ impl Control {
         self.header(&reply.header)
     }
 
-    /// Renews this machine's certificate where it has little time left, and keeps it in `state_dir`.
+    /// Renews this machine's certificate where it has little time left, and keeps it in `state_dir`. True where it did.
     ///
     /// # Errors
     /// As [`Self::find_volume`]; [`AgentError::Enrolment`] where it can't be kept.
@@ -149,10 +149,10 @@ impl Control {
         enrolment: &mut Enrolment,
         state_dir: &Path,
         now: UnixMillis,
-    ) -> Result<(), AgentError> {
+    ) -> Result<bool, AgentError> {
         let left = enrolment.identity().not_after.0.saturating_sub(now.0);
         if left > i64::try_from(RENEW_BEFORE.as_millis()).unwrap_or(i64::MAX) {
-            return Ok(());
+            return Ok(false);
         }
         let request = pb::RenewRequest { csr_der: enrolment.key().request()?.into() };
         let reply = self.client.renew(timed(request)).await.map_err(|status| self.failed(&status))?.into_inner();
@@ -160,7 +160,7 @@ impl Control {
         enrolment.renew(chain).map_err(|reason| self.answer(&reason))?;
         enrolment.store(state_dir)?;
         tracing::info!(until = %enrolment.identity().not_after, "renewed this machine's certificate");
-        Ok(())
+        Ok(true)
     }
 
     fn header(&self, bytes: &[u8]) -> Result<VolumeHeader, AgentError> {

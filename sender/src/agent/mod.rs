@@ -23,6 +23,7 @@ use common::ops::process_metrics;
 use common::ops::shutdown::Shutdown;
 use common::rng::{self, RngError};
 use common::seal::SealError;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 use crate::capture::CaptureError;
@@ -231,9 +232,10 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     }
     drop(key_file);
 
-    let sender = Sender::start(route(&config, &enrolment)?);
+    let (tls, newest_tls) = watch::channel(data_tls(&enrolment)?);
+    let sender = Sender::start(route(&config, newest_tls, enrolment.receivers.clone())?);
     let shared = Arc::new(Shared { config, budget, clock, sender, shutdown: shutdown.clone(), points });
-    let renewal = tokio::spawn(keep_renewed(enrolment, Arc::clone(&shared)));
+    let renewal = tokio::spawn(keep_renewed(enrolment, Arc::clone(&shared), tls));
     let mut tasks = JoinSet::new();
     for prepared in prepared {
         let agent = VolumeAgent::new(Arc::clone(&shared), prepared)?;
@@ -307,7 +309,11 @@ async fn connect(
     }
 }
 
-fn route(config: &RunConfig, enrolment: &Enrolment) -> Result<Route, AgentError> {
+fn route(
+    config: &RunConfig,
+    tls: watch::Receiver<Arc<rustls::ClientConfig>>,
+    receivers: Vec<HostPort>,
+) -> Result<Route, AgentError> {
     let (endpoint, granted) = quic::client_endpoint(&config.quic)?;
     if granted.send_bytes < 1 << 20 {
         tracing::warn!(
@@ -315,20 +321,26 @@ fn route(config: &RunConfig, enrolment: &Enrolment) -> Result<Route, AgentError>
             "the kernel grants small UDP buffers, which costs throughput: raise net.core.rmem_max and net.core.wmem_max"
         );
     }
-    let credentials = enrolment.credentials();
-    let tls = tls::client_config(enrolment.authority(), Some(&credentials), tls::ALPN_DATA)
-        .map_err(|error| AgentError::Setup(error.to_string()))?;
-    Ok(Route { endpoint, receivers: enrolment.receivers.clone(), tls: Arc::new(tls), tuning: config.quic.clone() })
+    Ok(Route { endpoint, receivers, tls, tuning: config.quic.clone() })
 }
 
-/// Renews the certificate of a long run. The new one serves from the next start on; the present one outlasts it, since
-/// it is renewed ten days before its end, and services are restarted or updated more often than that.
-async fn keep_renewed(mut enrolment: Enrolment, shared: Arc<Shared>) {
+fn data_tls(enrolment: &Enrolment) -> Result<Arc<rustls::ClientConfig>, AgentError> {
+    let credentials = enrolment.credentials();
+    let tls = tls::client_config(enrolment.authority(), Some(&credentials), tls::ALPN_DATA);
+    tls.map(Arc::new).map_err(|error| AgentError::Setup(error.to_string()))
+}
+
+/// Renews the certificate of a long run, ten days before its end: it is kept for the next start, and every connection made
+/// from then on shows it.
+async fn keep_renewed(mut enrolment: Enrolment, shared: Arc<Shared>, tls: watch::Sender<Arc<rustls::ClientConfig>>) {
     loop {
         tokio::time::sleep(RENEWAL_INTERVAL).await;
         let renewed = async {
             let mut control = Control::connect(&enrolment).await?;
-            control.renew_if_due(&mut enrolment, &shared.config.state_dir, shared.clock.now()).await
+            if control.renew_if_due(&mut enrolment, &shared.config.state_dir, shared.clock.now()).await? {
+                tls.send_replace(data_tls(&enrolment)?);
+            }
+            Ok::<_, AgentError>(())
         };
         if let Err(error) = renewed.await {
             tracing::warn!(%error, "could not renew this machine's certificate; trying again later");

@@ -76,7 +76,8 @@ pub(super) async fn keep(
 async fn connect(route: &Route) -> Result<quinn::Connection, String> {
     let mut tried = Vec::new();
     for host in &route.receivers {
-        match quic::connect(&route.endpoint, host, route.tls.clone(), &route.tuning).await {
+        let tls = route.tls.borrow().clone();
+        match quic::connect(&route.endpoint, host, tls, &route.tuning).await {
             Ok(connection) => return Ok(connection),
             Err(error) => tried.push(error.to_string()),
         }

@@ -58,8 +58,8 @@ pub struct Route {
     pub endpoint: quinn::Endpoint,
     /// Receivers, tried in this order at each attempt.
     pub receivers: Vec<HostPort>,
-    /// Identity and authority.
-    pub tls: Arc<rustls::ClientConfig>,
+    /// Identity and authority; the newest is taken at each attempt, so that a renewed certificate serves from then on.
+    pub tls: watch::Receiver<Arc<rustls::ClientConfig>>,
     /// Windows, timeouts.
     pub tuning: QuicTuning,
 }
