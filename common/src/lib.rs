@@ -17,6 +17,7 @@ pub mod limits;
 pub mod net;
 #[cfg(feature = "rim")]
 pub mod ops;
+pub mod pages;
 pub mod rng;
 pub mod seal;
 pub mod session;

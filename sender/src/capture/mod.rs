@@ -7,7 +7,9 @@
 //! Promises: the exact bytes of the disk, zero-padded to a whole page; a disk of another size than registered is an error.
 //! Never: writes to the disk, stalls a writer, or claims a consistency that it can't prove.
 
+pub mod cut;
 mod error;
+pub mod group;
 pub mod rest;
 pub mod scan;
 mod source;
