@@ -7,6 +7,7 @@ pub mod capture;
 pub mod cli;
 pub mod config;
 pub mod epoch;
+pub mod events;
 pub mod register;
 pub mod seal_pool;
 pub mod send;
