@@ -2,6 +2,7 @@
 
 #![allow(clippy::panic, clippy::print_stderr, clippy::print_stdout, reason = "a harness of tests fails by panicking")]
 
+pub mod cgroup;
 pub mod images;
 pub mod lossy;
 pub mod mounts;

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use crate::cgroup::MemoryGroup;
+
 /// Longest wait for anything; a deadline against hanging, not an expectation.
 pub const PATIENCE: Duration = Duration::from_secs(180);
 
@@ -76,6 +78,8 @@ pub struct Pair {
     pub store: PathBuf,
     /// Added to the receiver's command line at each start.
     pub receiver_flags: Vec<String>,
+    /// Where the receiver's memory is limited, from its next start on.
+    pub receiver_group: Option<MemoryGroup>,
     receiver: Option<Child>,
     listen: Option<String>,
     metrics: Option<String>,
@@ -97,6 +101,7 @@ impl Pair {
             state: at("sender"),
             store: at("store"),
             receiver_flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
+            receiver_group: None,
             receiver: None,
             listen: None,
             metrics: None,
@@ -141,9 +146,12 @@ impl Pair {
     pub fn receiver_command(&self) -> Command {
         let mut command = program("blockferry-receiver");
         command.arg("run").arg("--data-dir").arg(&self.data).arg("--store").arg(self.store_url());
-        command.args(["--metrics-listen", "127.0.0.1:0", "--memory-budget", "256MiB"]).args(&self.receiver_flags);
-        let chosen = self.receiver_flags.iter().any(|flag| flag == "--listen");
-        if let Some(listen) = self.listen.as_deref().or((!chosen).then_some("127.0.0.1:0")) {
+        command.args(["--metrics-listen", "127.0.0.1:0"]).args(&self.receiver_flags);
+        let chosen = |name: &str| self.receiver_flags.iter().any(|flag| flag == name);
+        if !chosen("--memory-budget") {
+            command.args(["--memory-budget", "256MiB"]);
+        }
+        if let Some(listen) = self.listen.as_deref().or((!chosen("--listen")).then_some("127.0.0.1:0")) {
             command.arg("--listen").arg(listen);
         }
         command
@@ -154,7 +162,9 @@ impl Pair {
         let endpoint = self.data.join("endpoint.json");
         let _ = std::fs::remove_file(&endpoint);
         let log = File::options().create(true).append(true).open(self.file("receiver.log")).expect("a log");
-        let mut child = self.receiver_command().stderr(log).spawn().expect("the receiver starts");
+        let plain = self.receiver_command();
+        let mut command = if let Some(group) = &self.receiver_group { group.command(&plain) } else { plain };
+        let mut child = command.stderr(log).spawn().expect("the receiver starts");
         let where_it_is: Value = wait_for("the receiver", || {
             if let Some(status) = child.try_wait().expect("a child can be asked") {
                 panic!("the receiver ended with {status}; its log:\n{}", self.log());
@@ -164,6 +174,15 @@ impl Pair {
         self.listen = where_it_is["listen"].as_str().map(str::to_owned);
         self.metrics = where_it_is["metrics"].as_str().map(str::to_owned);
         self.receiver = Some(child);
+    }
+
+    /// The receiver's process id.
+    ///
+    /// # Panics
+    /// If it does not run.
+    #[must_use]
+    pub fn receiver_pid(&self) -> u32 {
+        self.receiver.as_ref().expect("the receiver runs").id()
     }
 
     /// The receiver's log so far.
