@@ -10,6 +10,8 @@ use common::net::resolve::HostPort;
 use common::ops::cli::{LogArgs, MemoryArgs};
 use common::units::{ByteCount, ByteRate, DurationText};
 
+use crate::control::args::{AdoptArgs, DetachArgs, EventsArgs, PointArgs, StatusArgs};
+
 /// Where the state lies unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/blockferry/sender";
 /// Where the configuration lies unless told otherwise.
@@ -45,6 +47,16 @@ pub enum Command {
     Register(RegisterArgs),
     /// Replicates volumes: continuously, or with --once to one recovery point each.
     Run(Box<RunArgs>),
+    /// Makes a recovery point now; returns when it is committed.
+    Point(PointArgs),
+    /// Shows how the sender and its volumes stand, and what to do.
+    Status(StatusArgs),
+    /// Shows what happened lately.
+    Events(EventsArgs),
+    /// Takes a volume over after a clone, a rollback or on a replaced machine.
+    Adopt(AdoptArgs),
+    /// Ends the protection of a volume; its recovery points stay in the store.
+    Detach(DetachArgs),
     /// Looks at the effective configuration.
     #[command(subcommand)]
     Config(ConfigCommand),

@@ -79,6 +79,18 @@ struct FileVolume {
 }
 
 impl FileConfig {
+    /// The state directory: the one chosen, else the file's, else the default.
+    #[must_use]
+    pub fn state_dir(&self, chosen: Option<&Path>) -> PathBuf {
+        chosen.or(self.state_dir.as_deref()).unwrap_or(Path::new(STATE_DIR_DEFAULT)).to_owned()
+    }
+
+    /// Path of the disk of a volume of this name.
+    #[must_use]
+    pub fn volume_path(&self, name: &str) -> Option<&Path> {
+        self.volume.iter().find(|volume| volume.name == name).map(|volume| volume.path.as_path())
+    }
+
     /// Reads `path`, or the default place if there is a file there.
     ///
     /// # Errors

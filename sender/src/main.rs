@@ -5,6 +5,9 @@ use common::ops::exit::{self, ExitCode};
 use sender::agent;
 use sender::cli::{Cli, Command, ConfigCommand};
 use sender::config::{ConfigError, FileConfig, RunConfig};
+use sender::control::args::StateArgs;
+use sender::control::commands::status::StatusOptions;
+use sender::control::commands::{self, CommandError};
 use sender::register;
 
 #[global_allocator]
@@ -21,6 +24,8 @@ enum Error {
     Register(#[from] register::Error),
     #[error(transparent)]
     Agent(#[from] agent::AgentError),
+    #[error(transparent)]
+    Command(#[from] CommandError),
     #[error("cannot start the runtime: {0}")]
     Runtime(std::io::Error),
 }
@@ -29,7 +34,7 @@ impl Error {
     fn exit_code(&self) -> ExitCode {
         match self {
             Self::Config(_) | Self::Logging(_) => ExitCode::Usage,
-            Self::Register(_) | Self::Agent(_) | Self::Runtime(_) => ExitCode::Failed,
+            Self::Register(_) | Self::Agent(_) | Self::Command(_) | Self::Runtime(_) => ExitCode::Failed,
         }
     }
 }
@@ -53,6 +58,7 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
     let (level, format) = cli.log.effective(file.log_level.clone(), file.log_format);
     common::ops::logging::init(&level, format)?;
     let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime);
+    let state_dir = |args: &StateArgs| file.state_dir(args.state_dir.as_deref());
     match &cli.command {
         Command::Register(args) => {
             runtime()?.block_on(register::register(args))?;
@@ -61,6 +67,40 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
         Command::Run(args) => {
             let config = RunConfig::resolve(args, &file)?;
             Ok(runtime()?.block_on(agent::run(config))?)
+        }
+        Command::Point(args) => {
+            let volume = args.which.volume.clone();
+            let out = &mut std::io::stdout();
+            Ok(runtime()?.block_on(commands::point::run(
+                &state_dir(&args.state),
+                volume,
+                args.consistency,
+                args.json,
+                out,
+            ))?)
+        }
+        Command::Status(args) => {
+            let options = StatusOptions { json: args.json, watch: args.watch, memory: args.memory };
+            Ok(runtime()?.block_on(commands::status::run(&state_dir(&args.state), options, &mut std::io::stdout()))?)
+        }
+        Command::Events(args) => Ok(runtime()?.block_on(commands::events::run(
+            &state_dir(&args.state),
+            args.json,
+            &mut std::io::stdout(),
+        ))?),
+        Command::Adopt(args) => {
+            let (name, path) = args.volume.split_once('=').map_or((&*args.volume, None), |(n, p)| (n, Some(p.into())));
+            let path = path.or_else(|| file.volume_path(name).map(Into::into));
+            Ok(runtime()?.block_on(commands::adopt::run(
+                &state_dir(&args.state),
+                name,
+                path,
+                &mut std::io::stdout(),
+            ))?)
+        }
+        Command::Detach(args) => {
+            let volume = args.which.volume.clone();
+            Ok(runtime()?.block_on(commands::detach::run(&state_dir(&args.state), volume, &mut std::io::stdout()))?)
         }
         Command::Config(ConfigCommand::Check(args)) => {
             print_config(&RunConfig::resolve(args, &file)?);

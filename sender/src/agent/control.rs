@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::clock::UnixMillis;
 use common::error::{Dispose, Disposition};
 use common::format::volume_header::{IncarnationSize, VolumeHeader};
-use common::ids::{CloseId, Incarnation, KeyId, Nonce, Salt, VolumeId};
+use common::ids::{CloseId, Epoch, Incarnation, KeyId, Nonce, Salt, VolumeId};
 use common::net::enrolment::Enrolment;
 use common::net::resolve::HostPort;
 use common::net::{grpc, pb, tls, version};
@@ -29,17 +29,19 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(60);
 const RENEW_BEFORE: Duration = Duration::from_secs(10 * 24 * 3600);
 
 /// A receiver that this sender has agreed on a protocol with.
-pub(super) struct Control {
+pub(crate) struct Control {
     client: ControlClient<Channel>,
     host: HostPort,
 }
 
 /// What the store says of a volume of this machine.
-pub(super) struct KnownVolume {
+pub(crate) struct KnownVolume {
     /// Its header.
-    pub(super) header: VolumeHeader,
+    pub(crate) header: VolumeHeader,
     /// Newest committed close; zero for none.
-    pub(super) head: CloseId,
+    pub(crate) head: CloseId,
+    /// Its epoch.
+    pub(crate) head_epoch: Epoch,
 }
 
 impl Control {
@@ -47,7 +49,7 @@ impl Control {
     ///
     /// # Errors
     /// [`AgentError::Unreachable`], to be tried again; [`AgentError::Refused`], which will not get better.
-    pub(super) async fn connect(enrolment: &Enrolment) -> Result<Self, AgentError> {
+    pub(crate) async fn connect(enrolment: &Enrolment) -> Result<Self, AgentError> {
         let credentials = enrolment.credentials();
         let config = tls::client_config(enrolment.authority(), Some(&credentials), tls::ALPN_CONTROL)
             .map_err(|error| AgentError::Setup(error.to_string()))?;
@@ -92,7 +94,7 @@ impl Control {
     ///
     /// # Errors
     /// [`AgentError::Unreachable`], [`AgentError::Refused`], [`AgentError::Answer`].
-    pub(super) async fn find_volume(&mut self, name: &str) -> Result<Option<KnownVolume>, AgentError> {
+    pub(crate) async fn find_volume(&mut self, name: &str) -> Result<Option<KnownVolume>, AgentError> {
         let reply = self.client.list_volumes(timed(pb::ListVolumesRequest {})).await;
         let volumes = reply.map_err(|status| self.failed(&status))?.into_inner().volumes;
         let Some(volume) = volumes.into_iter().find(|volume| volume.name == name) else { return Ok(None) };
@@ -101,14 +103,14 @@ impl Control {
         let header = self.header(&reply.header)?;
         let head =
             reply.head_close[..].try_into().map(CloseId).map_err(|_| self.answer("a close id of another length"))?;
-        Ok(Some(KnownVolume { header, head }))
+        Ok(Some(KnownVolume { header, head, head_epoch: Epoch(reply.head_epoch) }))
     }
 
     /// Makes a volume of this machine, with a new data key wrapped by `key_file`; or gives the one that bears the name.
     ///
     /// # Errors
     /// As [`Self::find_volume`].
-    pub(super) async fn create_volume(
+    pub(crate) async fn create_volume(
         &mut self,
         enrolment: &Enrolment,
         key_file: &KeyFile,
@@ -144,7 +146,7 @@ impl Control {
     ///
     /// # Errors
     /// As [`Self::find_volume`]; [`AgentError::Enrolment`] where it can't be kept.
-    pub(super) async fn renew_if_due(
+    pub(crate) async fn renew_if_due(
         &mut self,
         enrolment: &mut Enrolment,
         state_dir: &Path,

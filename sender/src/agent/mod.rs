@@ -366,6 +366,9 @@ fn scrape(budget: &Budget, points: &Points, clock: &Clock) -> impl Fn() + Send +
     }
 }
 
+/// The control calls, for the commands that make them without a run.
+pub(crate) use control::{Control as ReceiverCalls, KnownVolume};
+
 fn describe_metrics() {
     use metrics::{Unit, describe_counter, describe_gauge};
     describe_gauge!("blockferry_sender_memory_budget_bytes", Unit::Bytes, "Memory that the process may use.");

@@ -23,6 +23,7 @@
 
 mod error;
 mod files;
+mod glance;
 mod hashes;
 mod journal;
 
@@ -40,6 +41,7 @@ use common::ids::{CloseId, Epoch, VolumeId};
 use common::session::ClosedEpoch;
 
 pub use error::StateError;
+pub use glance::{VolumeGlance, glance};
 pub use hashes::HashReader;
 use hashes::Hashes;
 pub use journal::{JournalWriter, JournaledClose};
