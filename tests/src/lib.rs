@@ -3,7 +3,11 @@
 #![allow(clippy::panic, clippy::print_stderr, clippy::print_stdout, reason = "a harness of tests fails by panicking")]
 
 pub mod cgroup;
+pub mod conformance;
 pub mod images;
+pub mod loops;
 pub mod lossy;
 pub mod mounts;
+pub mod nbd;
 pub mod pair;
+pub mod protected;
