@@ -10,6 +10,7 @@
 pub mod cut;
 mod error;
 pub mod group;
+pub mod hooks;
 pub mod rest;
 pub mod scan;
 mod source;
