@@ -4,10 +4,12 @@
 
 pub mod cgroup;
 pub mod conformance;
+pub mod exported;
 pub mod images;
 pub mod loops;
 pub mod lossy;
 pub mod mounts;
 pub mod nbd;
 pub mod pair;
+pub mod postgres;
 pub mod protected;

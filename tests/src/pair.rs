@@ -95,13 +95,25 @@ impl Pair {
     /// As [`Self::start`], with the receiver's data directory elsewhere and flags for the receiver.
     #[must_use]
     pub fn start_in(dir: tempfile::TempDir, data: Option<PathBuf>, flags: &[&str]) -> Self {
+        Self::start_at(dir, data, None, None, flags)
+    }
+
+    /// As [`Self::start_in`], with the sender's state directory elsewhere, and the receiver in a group of limited memory.
+    #[must_use]
+    pub fn start_at(
+        dir: tempfile::TempDir,
+        data: Option<PathBuf>,
+        state: Option<PathBuf>,
+        receiver_group: Option<MemoryGroup>,
+        flags: &[&str],
+    ) -> Self {
         let at = |name: &str| dir.path().join(name);
         let mut pair = Self {
             data: data.unwrap_or_else(|| at("receiver")),
-            state: at("sender"),
+            state: state.unwrap_or_else(|| at("sender")),
             store: at("store"),
             receiver_flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
-            receiver_group: None,
+            receiver_group,
             receiver: None,
             listen: None,
             metrics: None,

@@ -21,6 +21,8 @@ pub struct Protected {
     pub volumes: Vec<String>,
     /// Further flags.
     pub flags: Vec<String>,
+    /// Set for it, beside what the harness sets.
+    pub environment: Vec<(String, String)>,
     /// Where the sender's memory is limited, from its next start on.
     pub group: Option<MemoryGroup>,
     child: Option<Child>,
@@ -46,6 +48,7 @@ impl Protected {
             log: pair.file("sender.log"),
             volumes: strings(volumes),
             flags: strings(flags),
+            environment: Vec::new(),
             group: None,
             child: None,
             log_start: 0,
@@ -63,7 +66,7 @@ impl Protected {
         if !self.flags.iter().any(|flag| flag == "--memory-budget") {
             command.args(["--memory-budget", "256MiB"]);
         }
-        command.args(&self.flags);
+        command.args(&self.flags).envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
 
@@ -111,14 +114,15 @@ impl Protected {
         }
     }
 
-    /// SIGTERM; waits for its end and returns its exit code.
+    /// SIGTERM; waits for its end, which has to be an orderly one.
     ///
     /// # Panics
-    /// If it does not run, or does not end.
-    pub fn stop(&mut self) -> Option<i32> {
+    /// If it does not run, does not end, or ends otherwise.
+    pub fn stop(&mut self) {
         let mut child = self.child.take().expect("the sender runs");
         terminate(&child);
-        wait_for("the sender to end", || child.try_wait().expect("a child can be asked")).code()
+        let status = wait_for("the sender to end", || child.try_wait().expect("a child can be asked"));
+        assert_eq!(status.code(), Some(143), "128 + SIGTERM; the sender's log:\n{}", self.log());
     }
 
     /// Sends it a signal.

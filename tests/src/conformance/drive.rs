@@ -66,10 +66,10 @@ pub struct Account {
     pub fuzzy: u32,
 }
 
-/// How many cuts a run makes: `BLOCKFERRY_CUTS`, or `short`.
+/// `long` where the long version is asked for with `BLOCKFERRY_LONG=1` (`make test-long`), else `short`.
 #[must_use]
-pub fn cuts(short: u32) -> u32 {
-    std::env::var("BLOCKFERRY_CUTS").ok().and_then(|text| text.parse().ok()).unwrap_or(short)
+pub fn scaled(short: u32, long: u32) -> u32 {
+    if std::env::var_os("BLOCKFERRY_LONG").is_some_and(|value| value == "1") { long } else { short }
 }
 
 /// The seed of a run, printed so that a failure can be run again with `BLOCKFERRY_SEED`.
@@ -136,7 +136,7 @@ fn disturb(volume: &str, random: &mut Random, pair: &mut Pair, sender: &mut Prot
             sender.restart();
         }
         4 => {
-            assert_eq!(sender.stop(), Some(0), "an orderly end:\n{}", sender.log());
+            sender.stop();
             account.sender_stops += 1;
             sender.restart();
         }
@@ -175,6 +175,20 @@ impl Background for std::process::Command {
 /// # Panics
 /// At the first violation, naming the point.
 pub fn run(scenario: &Scenario<'_>, pair: &mut Pair, sender: &mut Protected, seed: u64) -> Account {
+    run_until(scenario, pair, sender, seed, &mut |_| true)
+}
+
+/// As [`run`], with the writer writing on, undisturbed, until `enough`.
+///
+/// # Panics
+/// As [`run`], or if it is never enough.
+pub fn run_until(
+    scenario: &Scenario<'_>,
+    pair: &mut Pair,
+    sender: &mut Protected,
+    seed: u64,
+    enough: &mut dyn FnMut(&mut Protected) -> bool,
+) -> Account {
     let mut random = Random(seed ^ 0xd21e);
     let history = Arc::new(History::default());
     let (mut asked, mut account): (Vec<Asked>, Account) = (Vec::new(), Account::default());
@@ -191,6 +205,14 @@ pub fn run(scenario: &Scenario<'_>, pair: &mut Pair, sender: &mut Protected, see
         if scenario.rests && random.below(8) != 0 {
             writer.take().expect("it writes").rest(&history);
         }
+        if scenario.rests && writer.is_some() {
+            // Under a writer that nobody holds back there may be no point, or one that promises nothing.
+            let floor = history.moment();
+            if let Some(id) = point_id(&sender.point(scenario.volume, &["--json"])) {
+                asked.push(Asked { id, window: Window { floor, ceiling: history.moment() } });
+            }
+            continue;
+        }
         let (floor, id) = ask(sender, scenario.volume, &history);
         asked.push(Asked { id, window: Window { floor, ceiling: history.moment() } });
         if writer.is_none() {
@@ -198,6 +220,10 @@ pub fn run(scenario: &Scenario<'_>, pair: &mut Pair, sender: &mut Protected, see
             writer = Some(start(round));
         }
     }
+    wait_for("enough to be written", || {
+        std::thread::sleep(Duration::from_millis(20));
+        enough(sender).then_some(())
+    });
     let rested = writer.take().expect("it writes").rest(&history);
     let (_, id) = ask(sender, scenario.volume, &history);
     asked.push(Asked { id: id.clone(), window: Window { floor: rested, ceiling: history.moment() } });
