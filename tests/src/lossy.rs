@@ -14,7 +14,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, UNIX_EPOCH};
+use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use fuser::{
     BackgroundSession, FileAttr, FileType, Filesystem, MountOption, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
@@ -38,6 +38,8 @@ pub enum Unsynced {
     Lost,
     /// Each was written or not, or in part, by the dice of this seed.
     Dice(u64),
+    /// Each was written, but for one in sixteen by the dice of this seed: what followed a page is there and the page is not.
+    MostlyKept(u64),
 }
 
 /// The medium and its cache.
@@ -104,12 +106,17 @@ impl Medium {
     /// Leaves on the medium what a disk might hold after a power cut, and empties the cache.
     fn settle(&mut self, unsynced: Unsynced) -> std::io::Result<()> {
         let cache = std::mem::take(&mut self.cache);
-        let Unsynced::Dice(seed) = unsynced else { return Ok(()) };
+        let (seed, lost, torn) = match unsynced {
+            Unsynced::Lost => return Ok(()),
+            Unsynced::Dice(seed) => (seed, 8, 2),
+            Unsynced::MostlyKept(seed) => (seed, 1, 0),
+        };
         let mut dice = Random(seed);
         for (page, content) in cache {
-            let sectors = match dice.below(8) {
-                0..4 => 0..0,
-                4..7 => 0..PAGE / SECTOR,
+            let roll = dice.below(16);
+            let sectors = match roll {
+                _ if roll < lost => 0..0,
+                _ if roll < 16 - torn => 0..PAGE / SECTOR,
                 // Torn: a disk writes sectors, not pages.
                 _ => 0..usize::try_from(dice.below(PAGE as u64 / SECTOR as u64)).expect("small"),
             };
@@ -259,7 +266,9 @@ impl LossyDisk {
         let stable = File::options().read(true).write(true).create_new(true).open(&path).expect("a file");
         stable.set_len(bytes).expect("sparse files");
         let mut mkfs = Command::new("mkfs.ext4");
-        mkfs.args(["-q", "-F", "-m", "0", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"]).arg(&path);
+        // Blocks as large as the cache's pages also on a small disk, so that a lost page of the disk is one of a file.
+        mkfs.args(["-q", "-F", "-b", "4096", "-m", "0", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"])
+            .arg(&path);
         check("mkfs.ext4", &mkfs.output().expect("e2fsprogs is installed"));
         std::fs::create_dir_all(mount_point).expect("the mount point can be made");
         let medium = Medium { stable, bytes, cache: BTreeMap::new(), powered: true };
@@ -310,6 +319,22 @@ impl LossyDisk {
     /// use the disk, then call [`Self::restore_power`].
     pub fn cut_power(&self) {
         lock(&self.medium).powered = false;
+    }
+
+    /// As [`Self::cut_power`], as soon as the disk holds at least `pages` unsynced pages: between a write and its flush, where
+    /// an order that nobody asked for would show. Waits no longer than `patience`, and cuts then too. Returns the number of
+    /// unsynced pages.
+    pub fn cut_power_in_flight(&self, pages: usize, patience: Duration) -> usize {
+        let deadline = Instant::now() + patience;
+        loop {
+            let mut medium = lock(&self.medium);
+            if medium.cache.len() >= pages || Instant::now() >= deadline {
+                medium.powered = false;
+                return medium.cache.len();
+            }
+            drop(medium);
+            std::thread::sleep(Duration::from_micros(50));
+        }
     }
 
     /// Gives the power back to a disk that lost it, and mounts what is on it then; the journal is replayed.
