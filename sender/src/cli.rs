@@ -2,7 +2,6 @@
 //! file and the defaults, and validates the result.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{Args, Parser, Subcommand};
 use common::net::quic::Congestion;
@@ -11,6 +10,7 @@ use common::ops::cli::{LogArgs, MemoryArgs};
 use common::units::{ByteCount, ByteRate, DurationText};
 
 use crate::control::args::{AdoptArgs, DetachArgs, EventsArgs, PointArgs, StatusArgs};
+use crate::spec::{AppPoints, Overload, Transport, VolumeSpec, ZstdLevel};
 
 /// Where the state lies unless told otherwise.
 pub const STATE_DIR_DEFAULT: &str = "/var/lib/blockferry/sender";
@@ -93,7 +93,7 @@ pub struct RunArgs {
     #[arg(long, value_name = "DIR", env = "BLOCKFERRY_STATE_DIR")]
     pub state_dir: Option<PathBuf>,
     /// A volume to protect: its name and its block device or image file; may be given several times
-    #[arg(long = "volume", value_name = "NAME=PATH[,capture=scan]")]
+    #[arg(long = "volume", value_name = "NAME=PATH[,capture=scan|nbd|ebpf][,listen=SOCKET|HOST:PORT]")]
     pub volumes: Vec<VolumeSpec>,
     /// Replicate each volume to one recovery point, then exit
     #[arg(long)]
@@ -122,128 +122,31 @@ pub struct RunArgs {
     /// Send at most this much, such as 20MiB/s [default: no limit]
     #[arg(long, value_name = "SIZE/s", env = "BLOCKFERRY_RATE_LIMIT")]
     pub rate_limit: Option<ByteRate>,
-    /// Without --once: time from one recovery point to the next pass [default: 30s]
+    /// Time from one recovery point to the next, where the capture is scan or ebpf [default: 30s]
     #[arg(long, value_name = "TIME", env = "BLOCKFERRY_POINT_INTERVAL")]
     pub point_interval: Option<DurationText>,
+    /// Time from one recovery point to the next, where the capture is nbd and something changed [default: 1s]
+    #[arg(long, value_name = "TIME", env = "BLOCKFERRY_EPOCH_INTERVAL")]
+    pub epoch_interval: Option<DurationText>,
+    /// Time from one point with the hooks of --hook-dir to the next, or off [default: 1h]
+    #[arg(long, value_name = "TIME|off", env = "BLOCKFERRY_APP_POINT_INTERVAL")]
+    pub app_point_interval: Option<AppPoints>,
+    /// When changes come faster than they can leave: bitmap remembers which pages change and reads them later, throttle lets
+    /// writers wait (nbd only) [default: bitmap]
+    #[arg(long, value_name = "bitmap|throttle", env = "BLOCKFERRY_OVERLOAD")]
+    pub overload: Option<Overload>,
+    /// How long file systems may be frozen for a point of an ebpf volume [default: 100ms]
+    #[arg(long, value_name = "TIME", env = "BLOCKFERRY_FREEZE_LIMIT")]
+    pub freeze_limit: Option<DurationText>,
+    /// Directory with pre.d and post.d: programs run around the cut of an application-consistent point
+    #[arg(long, value_name = "DIR", env = "BLOCKFERRY_HOOK_DIR")]
+    pub hook_dir: Option<PathBuf>,
     /// Sealed bytes after which an epoch is closed and committed, 1MiB to 256MiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", env = "BLOCKFERRY_EPOCH_SIZE")]
     pub epoch_size: Option<ByteCount>,
     /// Where Prometheus metrics, /healthz and /readyz are served [default: 127.0.0.1:9465]
     #[arg(long, value_name = "HOST:PORT", env = "BLOCKFERRY_METRICS_LISTEN")]
     pub metrics_listen: Option<std::net::SocketAddr>,
-}
-
-/// `NAME=PATH[,capture=MODE]`
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct VolumeSpec {
-    /// The volume's name.
-    pub name: String,
-    /// Its block device or image file.
-    pub path: PathBuf,
-}
-
-impl FromStr for VolumeSpec {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let (name, rest) = text.split_once('=').ok_or("expected NAME=PATH")?;
-        // Options follow the last commas; a path may hold commas as long as what follows is no option.
-        let mut path = rest;
-        while let Some((before, option)) = path.rsplit_once(',') {
-            match option.split_once('=') {
-                Some(("capture", mode)) => check_capture(mode)?,
-                Some(("listen", _)) => {
-                    return Err("listen= goes with capture=nbd, which this release does not have".into());
-                }
-                _ => break,
-            }
-            path = before;
-        }
-        Self::new(name, path.into())
-    }
-}
-
-impl VolumeSpec {
-    /// A volume of this name and path.
-    ///
-    /// # Errors
-    /// In words, where the name is not one or the path is empty.
-    pub fn new(name: &str, path: PathBuf) -> Result<Self, String> {
-        common::net::identity::check_name(name).map_err(|error| error.to_string())?;
-        if path.as_os_str().is_empty() {
-            return Err(format!("volume {name} has no path: expected NAME=PATH"));
-        }
-        Ok(Self { name: name.to_owned(), path })
-    }
-}
-
-/// Refuses capture modes that this release does not have.
-///
-/// # Errors
-/// In words, naming what there is.
-pub fn check_capture(mode: &str) -> Result<(), String> {
-    match mode {
-        "scan" => Ok(()),
-        other => Err(format!("capture={other} is not in this release; it has capture=scan")),
-    }
-}
-
-/// `auto|N`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum ZstdLevel {
-    /// Level 1, and none while the data doesn't shrink.
-    #[default]
-    Auto,
-    /// Always this level.
-    Fixed(i32),
-}
-
-impl FromStr for ZstdLevel {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        if text == "auto" {
-            return Ok(Self::Auto);
-        }
-        text.parse()
-            .ok()
-            .filter(|level| (-7..=19).contains(level))
-            .map(Self::Fixed)
-            .ok_or_else(|| format!("expected auto or a level from -7 to 19, found \"{text}\""))
-    }
-}
-
-impl std::fmt::Display for ZstdLevel {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self {
-            Self::Auto => f.write_str("auto"),
-            Self::Fixed(level) => level.fmt(f),
-        }
-    }
-}
-
-/// `auto|quic`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Transport {
-    /// What works; in this release QUIC.
-    #[default]
-    Auto,
-    /// QUIC.
-    Quic,
-}
-
-impl FromStr for Transport {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "quic" => Ok(Self::Quic),
-            other => {
-                Err(format!("expected auto or quic, found \"{other}\"; this release does not speak another transport"))
-            }
-        }
-    }
 }
 
 #[cfg(test)]
@@ -254,14 +157,5 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
-    }
-
-    #[test]
-    fn a_volume_is_a_name_and_a_path_that_may_hold_commas_and_equals_signs() {
-        let spec: VolumeSpec = "root=/dev/disk/by-id/a=b,c,capture=scan".parse().expect("valid");
-        assert_eq!((spec.name.as_str(), spec.path), ("root", PathBuf::from("/dev/disk/by-id/a=b,c")));
-        for wrong in ["root", "=/dev/vda", "root=", "a b=/dev/vda", "root=/dev/vda,capture=nbd", "root=,capture=scan"] {
-            assert!(wrong.parse::<VolumeSpec>().is_err(), "{wrong} was taken");
-        }
     }
 }

@@ -13,7 +13,8 @@ use common::ops::logging::{LogFormat, LogLevel};
 use common::units::{BudgetSpec, ByteCount, ByteRate, DurationText};
 use serde::Deserialize;
 
-use crate::cli::{CONFIG_DEFAULT, RunArgs, STATE_DIR_DEFAULT, Transport, VolumeSpec, ZstdLevel, check_capture};
+use crate::cli::{CONFIG_DEFAULT, RunArgs, STATE_DIR_DEFAULT};
+use crate::spec::{AppPoints, CaptureMode, Overload, Transport, VolumeSpec, ZstdLevel};
 
 const METRICS_PORT_DEFAULT: u16 = 9465;
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle sender, rounded up.
@@ -61,6 +62,11 @@ pub struct FileConfig {
     congestion: Option<String>,
     rate_limit: Option<ByteRate>,
     point_interval: Option<DurationText>,
+    epoch_interval: Option<DurationText>,
+    app_point_interval: Option<String>,
+    overload: Option<String>,
+    freeze_limit: Option<DurationText>,
+    hook_dir: Option<PathBuf>,
     epoch_size: Option<ByteCount>,
     metrics_listen: Option<SocketAddr>,
     /// `--log-level`.
@@ -76,6 +82,7 @@ struct FileVolume {
     name: String,
     path: PathBuf,
     capture: Option<String>,
+    listen: Option<String>,
 }
 
 impl FileConfig {
@@ -130,8 +137,18 @@ pub struct RunConfig {
     pub quic: QuicTuning,
     /// Sending limit in bytes a second.
     pub rate_limit: Option<ByteRate>,
-    /// Time between recovery points.
+    /// Time between recovery points of `scan` and `ebpf`.
     pub point_interval: Duration,
+    /// Time between recovery points of `nbd`.
+    pub epoch_interval: Duration,
+    /// Time between points with hooks.
+    pub app_points: AppPoints,
+    /// What to do when changes come faster than they can leave.
+    pub overload: Overload,
+    /// How long file systems may be frozen.
+    pub freeze_limit: Duration,
+    /// Where the hooks lie.
+    pub hook_dir: Option<PathBuf>,
     /// Sealed bytes after which an epoch is closed.
     pub epoch_bytes: u64,
     /// Metrics endpoint, and whether somebody chose it.
@@ -171,6 +188,30 @@ impl RunConfig {
             (None, Some(text)) => text.parse().map_err(|error| invalid(format!("transport: {error}")))?,
             (None, None) => Transport::default(),
         };
+        let app_points = match (args.app_point_interval, &file.app_point_interval) {
+            (Some(points), _) => points,
+            (None, Some(text)) => text.parse().map_err(|error| invalid(format!("app_point_interval: {error}")))?,
+            (None, None) => AppPoints::default(),
+        };
+        let overload = match (args.overload, &file.overload) {
+            (Some(overload), _) => overload,
+            (None, Some(text)) => text.parse().map_err(|error| invalid(format!("overload: {error}")))?,
+            (None, None) => Overload::default(),
+        };
+        let time = |flag: &str, given: Option<DurationText>, default: Duration, most: Duration| {
+            let time = given.map_or(default, DurationText::get);
+            if time.is_zero() || time > most {
+                let (time, most) = (DurationText(time), DurationText(most));
+                return Err(invalid(format!("{flag} {time}: expected more than 0 and at most {most}")));
+            }
+            Ok(time)
+        };
+        let day = Duration::from_secs(24 * 3600);
+        let (second, tenth) = (Duration::from_secs(1), Duration::from_millis(100));
+        let point_interval =
+            time("--point-interval", args.point_interval.or(file.point_interval), 30 * second, 30 * day)?;
+        let epoch_interval = time("--epoch-interval", args.epoch_interval.or(file.epoch_interval), second, day)?;
+        let freeze_limit = time("--freeze-limit", args.freeze_limit.or(file.freeze_limit), tenth, 30 * second)?;
         let congestion: Congestion = match (args.congestion, &file.congestion) {
             (Some(congestion), _) => congestion,
             (None, Some(text)) => text.parse().map_err(|error| invalid(format!("congestion: {error}")))?,
@@ -211,10 +252,12 @@ impl RunConfig {
             transport,
             quic,
             rate_limit: args.rate_limit.or(file.rate_limit),
-            point_interval: args
-                .point_interval
-                .or(file.point_interval)
-                .map_or(Duration::from_secs(30), DurationText::get),
+            point_interval,
+            epoch_interval,
+            app_points,
+            overload,
+            freeze_limit,
+            hook_dir: args.hook_dir.clone().or_else(|| file.hook_dir.clone()),
             epoch_bytes: epoch.bytes(),
             metrics_listen: (chosen.unwrap_or(default_listen), chosen.is_some()),
             memory,
@@ -227,8 +270,10 @@ fn volumes(args: &RunArgs, file: &FileConfig) -> Result<Vec<VolumeSpec>, ConfigE
     if volumes.is_empty() {
         for volume in &file.volume {
             let named = |problem| ConfigError::Invalid(format!("volume {}: {problem}", volume.name));
-            check_capture(volume.capture.as_deref().unwrap_or("scan")).map_err(named)?;
-            volumes.push(VolumeSpec::new(&volume.name, volume.path.clone()).map_err(named)?);
+            let capture = volume.capture.as_deref().map_or(Ok(CaptureMode::Scan), str::parse).map_err(named)?;
+            let listen = volume.listen.as_deref().map(str::parse).transpose().map_err(named)?;
+            let spec = VolumeSpec::new(&volume.name, volume.path.clone(), capture, listen);
+            volumes.push(spec.map_err(ConfigError::Invalid)?);
         }
     }
     if volumes.is_empty() {
@@ -268,10 +313,21 @@ impl fmt::Display for RunConfig {
             writeln!(f, "rate_limit = {:?}", rate.exact())?;
         }
         writeln!(f, "point_interval = {:?}", DurationText(self.point_interval).exact())?;
+        writeln!(f, "epoch_interval = {:?}", DurationText(self.epoch_interval).exact())?;
+        writeln!(f, "app_point_interval = \"{}\"", self.app_points)?;
+        writeln!(f, "overload = \"{}\"", self.overload)?;
+        writeln!(f, "freeze_limit = {:?}", DurationText(self.freeze_limit).exact())?;
+        if let Some(directory) = &self.hook_dir {
+            writeln!(f, "hook_dir = {directory:?}")?;
+        }
         writeln!(f, "epoch_size = {:?}", ByteCount(self.epoch_bytes).exact())?;
         writeln!(f, "metrics_listen = \"{}\"", self.metrics_listen.0)?;
         for volume in &self.volumes {
-            writeln!(f, "\n[[volume]]\nname = {:?}\npath = {:?}\ncapture = \"scan\"", volume.name, volume.path)?;
+            writeln!(f, "\n[[volume]]\nname = {:?}\npath = {:?}", volume.name, volume.path)?;
+            writeln!(f, "capture = \"{}\"", volume.capture)?;
+            if let Some(listen) = &volume.listen {
+                writeln!(f, "listen = {:?}", listen.to_string())?;
+            }
         }
         writeln!(f)?;
         self.memory.to_string().lines().try_for_each(|line| writeln!(f, "# {line}"))
@@ -302,8 +358,24 @@ mod tests {
 
     #[test]
     fn the_printed_configuration_reads_back_the_same() {
-        let flags =
-            ["--volume", "a=/a", "--memory-budget", "100MiB", "--rate-limit", "5MiB/s", "--point-interval", "90s"];
+        let flags = [
+            "--volume",
+            "a=/a",
+            "--volume",
+            "b=/b,capture=nbd,listen=/run/b",
+            "--memory-budget",
+            "100MiB",
+            "--rate-limit",
+            "5MiB/s",
+            "--point-interval",
+            "90s",
+            "--app-point-interval",
+            "off",
+            "--overload",
+            "throttle",
+            "--hook-dir",
+            "/etc/hooks",
+        ];
         let config = resolve(&flags, "").expect("valid");
         let again = resolve(&[], &config.to_string()).expect("what is printed is valid");
         assert_eq!(again.to_string(), config.to_string());
@@ -317,7 +389,8 @@ mod tests {
             (&["--volume", "a=/a", "--volume", "b=/a"], "", "/a"),
             (&["--volume", "a=/a", "--memory-budget", "1MiB"], "", "64"),
             (&[], "", "--volume"),
-            (&[], "[[volume]]\nname = \"a\"\npath = \"/a\"\ncapture = \"ebpf\"\n", "capture=ebpf"),
+            (&[], "[[volume]]\nname = \"a\"\npath = \"/a\"\ncapture = \"magic\"\n", "capture=magic"),
+            (&["--volume", "a=/a,capture=nbd,listen=/run/a", "--freeze-limit", "90s"], "", "--freeze-limit"),
         ] {
             let error = resolve(flags, file).expect_err("invalid").to_string();
             assert!(error.contains(named), "{error:?} does not name {named}");

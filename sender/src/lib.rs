@@ -12,6 +12,7 @@ pub mod events;
 pub mod register;
 pub mod seal_pool;
 pub mod send;
+pub mod spec;
 pub mod state;
 
 use common::net::version;

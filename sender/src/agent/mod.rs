@@ -1,16 +1,21 @@
 //! The agent: the one place of the sender that sees all stages. It prepares the volumes, starts a task for each, and ends
 //! them; [`volume`] has what is done for one.
 
+mod captures;
 mod control;
+mod cuts;
+mod orders;
+mod prepare;
+mod rpo;
 mod volume;
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::budget::{Budget, BudgetError};
-use common::clock::{Clock, UnixMillis};
+use common::clock::Clock;
 use common::error::{Dispose, Disposition};
 use common::net::backoff::Backoff;
 use common::net::enrolment::{Enrolment, EnrolmentError};
@@ -23,19 +28,27 @@ use common::ops::process_metrics;
 use common::ops::shutdown::Shutdown;
 use common::rng::{self, RngError};
 use common::seal::SealError;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 use crate::capture::CaptureError;
+use crate::capture::cut::{Capture, CaptureStatus, CutId, NextCut, PointWish};
 use crate::config::RunConfig;
+use crate::control::{self as commands, Board, Handle};
 use crate::epoch::EpochError;
+use crate::events::{EventKind, Events};
 use crate::register;
-use crate::seal_pool::PassError;
+use crate::seal_pool::{PassError, SealPool};
 use crate::send::{Route, SendError, Sender};
+use crate::spec::{VolumeSpec, ZstdLevel};
 use crate::state::{StateDir, StateError};
+use captures::Captures;
 use control::Control;
-pub use volume::Outcome;
+pub use cuts::{Point, PointRequest};
+use orders::Reach;
+use rpo::Ages;
 use volume::VolumeAgent;
+pub use volume::{Order, Outcome};
 
 /// How long `--once` goes on trying to reach a receiver, at the start and in the middle.
 const ONCE_PATIENCE: Duration = Duration::from_secs(120);
@@ -104,6 +117,17 @@ pub enum AgentError {
         /// The state directory.
         state_dir: PathBuf,
     },
+    /// The store's volume of this name is another one.
+    #[error(
+        "volume {volume} is another volume in the store than in {}: it was made anew there; use another name, or end its \
+         protection here with `blockferry-sender detach`", state_dir.display()
+    )]
+    AnotherVolume {
+        /// The volume.
+        volume: String,
+        /// The state directory.
+        state_dir: PathBuf,
+    },
     /// No receiver answered.
     #[error("no receiver could be reached: {tried}; check that one runs and that UDP and TCP get through")]
     Unreachable {
@@ -162,6 +186,9 @@ pub enum AgentError {
     /// No randomness.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The control socket.
+    #[error(transparent)]
+    Commands(#[from] commands::server::ServeError),
     /// Metrics or signals can't be set up.
     #[error("cannot set up {what}: {reason}")]
     Process {
@@ -170,6 +197,24 @@ pub enum AgentError {
         /// Why.
         reason: String,
     },
+}
+
+impl AgentError {
+    /// The volume that it stopped, where it is one's.
+    #[must_use]
+    pub fn volume(&self) -> Option<&str> {
+        match self {
+            Self::Capture { volume, .. }
+            | Self::Pass { volume, .. }
+            | Self::Key { volume, .. }
+            | Self::SizeChanged { volume, .. }
+            | Self::StateLost { volume, .. }
+            | Self::AnotherVolume { volume, .. }
+            | Self::SessionEnded { volume, .. }
+            | Self::Epoch { volume, .. } => Some(volume),
+            _ => None,
+        }
+    }
 }
 
 impl Dispose for AgentError {
@@ -183,17 +228,44 @@ impl Dispose for AgentError {
     }
 }
 
-/// Cut times of the newest committed points, for the metric that ages.
-pub(crate) type Points = Arc<Mutex<HashMap<String, UnixMillis>>>;
+/// How long the end of the last volume's protection may take after its agent has ended.
+const SERVING_TIME: Duration = Duration::from_secs(10);
+/// Orders that may wait for a volume's agent.
+const ORDERS_MAX: usize = 64;
 
 /// What all volumes of a run share.
 pub(crate) struct Shared {
     pub(crate) config: RunConfig,
     pub(crate) budget: Budget,
     pub(crate) clock: Clock,
+    pub(crate) pool: SealPool,
     pub(crate) sender: Sender,
     pub(crate) shutdown: Shutdown,
-    pub(crate) points: Points,
+    pub(crate) events: Events,
+    pub(crate) board: Board,
+    points: Ages,
+}
+
+/// Stands where the capture of a volume was that is no longer protected.
+struct Detached(common::ids::Geometry);
+
+impl Capture for Detached {
+    fn geometry(&self) -> common::ids::Geometry {
+        self.0
+    }
+    fn next(&mut self) -> NextCut<'_> {
+        Box::pin(std::future::pending())
+    }
+    fn want_point(&mut self, _: PointWish) {}
+    fn committed(&mut self, _: CutId) -> Result<(), CaptureError> {
+        Ok(())
+    }
+    fn lost(&mut self, _: CutId) -> Result<(), CaptureError> {
+        Ok(())
+    }
+    fn status(&self) -> CaptureStatus {
+        CaptureStatus::default()
+    }
 }
 
 /// Runs until every volume has its point (`--once`), or until a signal.
@@ -207,7 +279,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let mut enrolment = Enrolment::load(&config.state_dir)?;
     let key_file = register::load_key_file(&config.state_dir)?;
     let budget = Budget::new(config.memory.clone())?;
-    let points = Points::default();
+    let points = Ages::default();
     let readiness = Readiness::new(&["volumes"]);
     let recorder = process_metrics::install_recorder().map_err(|error| process("metrics", &error))?;
     describe_metrics();
@@ -216,33 +288,72 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let endpoint = Endpoint::new(recorder, readiness.clone()).on_scrape(scrape(&budget, &points, &clock));
     let _serving = endpoint.serve(listen, chosen).await?;
 
-    // Sources first: nothing is made in the store for a disk that can't be read.
-    let mut sources = Vec::new();
+    let events = Events::new(clock.clone());
+    let (_control, control_handle) = commands::serve(&config.state_dir, events.clone(), budget.clone(), clock.clone())?;
+
+    // Sources first: nothing is made in the store for a disk that can't be read. And captures of volumes that are known
+    // here, before any receiver is asked: tracking begins, and a disk is served, whether or not one can be reached.
+    let captures = Captures { config: &config, budget: &budget, clock: &clock };
+    let mut volumes = Vec::new();
     for spec in &config.volumes {
-        sources.push(volume::open_source(spec)?);
+        let local = prepare::local(&state, spec)?;
+        let capture = match &local.state {
+            Some(state) => Some(captures.make(&local, state)?),
+            None => None,
+        };
+        volumes.push((local, capture));
     }
     let patience = config.once.then_some(ONCE_PATIENCE);
     let Some(mut control) = connect(&enrolment, patience, &shutdown).await? else {
         return Ok(interrupted(&shutdown));
     };
     control.renew_if_due(&mut enrolment, &config.state_dir, clock.now()).await?;
-    let mut prepared = Vec::new();
-    for (spec, source) in config.volumes.iter().zip(sources) {
-        prepared.push(volume::prepare(&mut control, &enrolment, &key_file, &state, spec, source, clock.now()).await?);
+    let mut ready = Vec::new();
+    for (mut local, capture) in volumes {
+        let prepared = prepare::prepare(&mut control, &enrolment, &key_file, &state, &mut local, clock.now()).await?;
+        let capture = match capture {
+            Some(capture) => capture,
+            None => captures.make(&local, &prepared.state)?,
+        };
+        ready.push((local.spec, prepared, capture));
     }
     drop(key_file);
 
     let (tls, newest_tls) = watch::channel(data_tls(&enrolment)?);
     let sender = Sender::start(route(&config, newest_tls, enrolment.receivers.clone())?);
-    let shared = Arc::new(Shared { config, budget, clock, sender, shutdown: shutdown.clone(), points });
+    let level = match config.zstd_level {
+        ZstdLevel::Auto => 1,
+        ZstdLevel::Fixed(level) => level,
+    };
+    let pool = SealPool::new(config.seal_threads, level)
+        .map_err(|source| AgentError::Pass { volume: config.volumes[0].name.clone(), source })?;
+    let Handle { board, requests } = control_handle;
+    let shared = Shared { config, budget, clock, pool, sender, shutdown: shutdown.clone(), events, board, points };
+    let shared = Arc::new(shared);
     let renewal = tokio::spawn(keep_renewed(enrolment, Arc::clone(&shared), tls));
     let mut tasks = JoinSet::new();
-    for prepared in prepared {
-        let agent = VolumeAgent::new(Arc::clone(&shared), prepared)?;
+    let mut reach = BTreeMap::new();
+    for (spec, prepared, capture) in ready {
+        let (order, ordered) = mpsc::channel(ORDERS_MAX);
+        let VolumeSpec { name, path, capture: mode, .. } = spec;
+        let identity = prepared.state.identity();
+        shared.board.update(&name, |status| {
+            status.id = identity.volume.to_string();
+            status.path = path.display().to_string();
+            status.capture = mode.to_string();
+            "starting".clone_into(&mut status.state);
+            status.disk_bytes = identity.disk_bytes;
+        });
+        reach.insert(name.clone(), Reach { volume: identity.volume, capture: mode, orders: order });
+        let agent = VolumeAgent::new(Arc::clone(&shared), name, prepared, capture, ordered)?;
         tasks.spawn(agent.run());
     }
+    let serving = tokio::spawn(orders::serve(Arc::clone(&shared), Arc::clone(&state), reach, requests));
+    let watching = tokio::spawn(watch_link(Arc::clone(&shared)));
+    shared.events.note("", EventKind::Started, format!("version {}", env!("CARGO_PKG_VERSION")));
     readiness.set("volumes", true);
     let mut result = Ok(ExitCode::Ok);
+    let mut detached = false;
     while let Some(joined) = tasks.join_next().await {
         let outcome = joined.map_err(|error| process("a volume's task", &error))?;
         match outcome {
@@ -252,7 +363,16 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
                 }
             }
             Ok(Outcome::Interrupted) => {}
+            Ok(Outcome::Detached) => detached = true,
             Err(error) => {
+                if let Some(volume) = error.volume() {
+                    let text = common::ops::exit::error_line(&error);
+                    shared.board.update(volume, |status| {
+                        "stopped".clone_into(&mut status.state);
+                        status.error.clone_from(&text);
+                    });
+                    shared.events.note(volume, EventKind::VolumeStopped, text);
+                }
                 // The last one is reported by main; those before it here.
                 if let Err(earlier) = std::mem::replace(&mut result, Err(error)) {
                     tracing::error!("{}", common::ops::exit::error_line(&earlier));
@@ -262,6 +382,17 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
         }
     }
     renewal.abort();
+    watching.abort();
+    // A detach that ended the last volume has its state still to remove.
+    if !shutdown.is_requested() {
+        let _ = tokio::time::timeout(SERVING_TIME, async {
+            while !shared.board.volumes().is_empty() && detached {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        })
+        .await;
+    }
+    serving.abort();
     shared.sender.stop();
     // A detached state directory stays locked until the last task is gone, so a restart never meets its predecessor.
     drop(state);
@@ -309,6 +440,35 @@ async fn connect(
     }
 }
 
+/// Keeps the link's state on the board, and notes when it breaks and comes back.
+async fn watch_link(shared: Arc<Shared>) {
+    let mut state = shared.sender.state();
+    let mut connected_before = None;
+    loop {
+        let link = state.borrow_and_update().clone();
+        shared.board.update_link(|status| {
+            status.connected = link.connected;
+            status.transport = if link.connected { "quic".to_owned() } else { String::new() };
+            status.last_error = link.last_error.clone().unwrap_or_default();
+        });
+        match connected_before {
+            Some(true) if !link.connected => {
+                let text = link.last_error.clone().unwrap_or_else(|| "the link broke".to_owned());
+                shared.events.note("", EventKind::Disconnected, text);
+            }
+            Some(false) if link.connected => shared.events.note("", EventKind::Reconnected, "there is a link again"),
+            _ => {}
+        }
+        // Before the first connection there is none to come back.
+        if link.connected || connected_before.is_some() {
+            connected_before = Some(link.connected);
+        }
+        if state.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
 fn route(
     config: &RunConfig,
     tls: watch::Receiver<Arc<rustls::ClientConfig>>,
@@ -348,8 +508,8 @@ async fn keep_renewed(mut enrolment: Enrolment, shared: Arc<Shared>, tls: watch:
     }
 }
 
-fn scrape(budget: &Budget, points: &Points, clock: &Clock) -> impl Fn() + Send + Sync + 'static {
-    let (budget, points, clock) = (budget.clone(), Arc::clone(points), clock.clone());
+fn scrape(budget: &Budget, points: &Ages, clock: &Clock) -> impl Fn() + Send + Sync + 'static {
+    let (budget, points, clock) = (budget.clone(), points.clone(), clock.clone());
     move || {
         process_metrics::record();
         #[expect(clippy::cast_precision_loss, reason = "metrics are floating point")]
@@ -357,11 +517,10 @@ fn scrape(budget: &Budget, points: &Points, clock: &Clock) -> impl Fn() + Send +
         gauge("blockferry_sender_memory_budget_bytes", budget.total());
         gauge("blockferry_sender_memory_used_bytes", process_metrics::usage().resident_bytes);
         gauge("blockferry_sender_payload_bytes", budget.used());
-        let now = clock.now();
-        for (volume, cut) in points.lock().unwrap_or_else(PoisonError::into_inner).iter() {
+        for (volume, millis) in points.at(clock.now()) {
             #[expect(clippy::cast_precision_loss, reason = "metrics are floating point")]
-            let age = now.0.saturating_sub(cut.0).max(0) as f64 / 1000.0;
-            metrics::gauge!("blockferry_sender_rpo_seconds", "volume" => volume.clone()).set(age);
+            let age = millis as f64 / 1000.0;
+            metrics::gauge!("blockferry_sender_rpo_seconds", "volume" => volume).set(age);
         }
     }
 }
@@ -379,6 +538,12 @@ fn describe_metrics() {
         Unit::Seconds,
         "Age of the newest committed recovery point's cut."
     );
+    describe_gauge!(
+        "blockferry_sender_backlog_bytes",
+        Unit::Bytes,
+        "Bytes of pages that changed and have not been given to a cut, or are still to be read."
+    );
+    describe_gauge!("blockferry_sender_overloaded", Unit::Count, "1 while changes come faster than they can leave.");
     describe_counter!("blockferry_sender_source_read_bytes_total", Unit::Bytes, "Bytes read from protected disks.");
     describe_counter!("blockferry_sender_captured_bytes_total", Unit::Bytes, "Bytes of pages found changed.");
     describe_counter!(

@@ -1,44 +1,46 @@
-//! One volume's agent: passes over its disk, epochs, journal, session; to one recovery point, or to one after the other.
+//! One volume's agent: takes cuts from its capture, has them sealed, closes epochs, keeps journal and session; to one recovery
+//! point, or to one after the other.
 //!
 //! Order of things, which is what crash safety rests on:
 //!
-//! 1. A pass begins only when nothing is in flight, so hashes describe what the store has.
+//! 1. Cuts are sealed one after another, so the order of cuts is the order of epochs.
 //! 2. A record's new hashes go to its epoch's journal; the journal is durable before the close is sent.
-//! 3. `Committed` applies the journal to the hashes. What is never committed was never applied, and travels again.
-//! 4. If the receiver lost what it had acknowledged, everything after its tip is forgotten and the pass begins anew.
+//! 3. `Committed` applies the journal to the hashes, and only then does the capture forget that the pages changed. What is
+//!    never committed was never applied, and travels again.
+//! 4. If the receiver lost what it had acknowledged, everything after its tip is forgotten, and captured again.
 
 use std::collections::BTreeMap;
-use std::os::unix::ffi::OsStrExt;
 use std::sync::Arc;
-use std::sync::PoisonError;
 use std::time::Duration;
 
 use common::clock::UnixMillis;
 use common::format::close::Consistency;
 use common::format::frame::RefusalCode;
-use common::ids::{CloseId, Epoch, Salt, SessionId};
+use common::ids::{Epoch, GroupId, Salt, SessionId};
 use common::limits;
-use common::net::enrolment::Enrolment;
 use common::ops::progress::Progress;
 use common::rng;
-use common::seal::DataKey;
-use common::seal::keyfile::KeyFile;
 use common::seal::signing::CloseSigner;
-use common::session::{ClosedEpoch, SenderConfig, SenderEvent};
+use common::session::{SenderConfig, SenderEvent};
+use tokio::sync::mpsc;
 use tokio::task::block_in_place;
 use tokio::time::Instant;
 
-use super::control::Control;
+use super::cuts::{Cuts, Point, PointRequest, UnderWay};
+use super::prepare::Prepared;
+use super::rpo::Rpo;
 use super::{AgentError, ONCE_PATIENCE, Shared};
-use crate::capture::{Disk, Source};
-use crate::cli::{VolumeSpec, ZstdLevel};
+use crate::capture::cut::{Asserts, Capture, CaptureState, Cut};
 use crate::epoch::{CloseTerms, EpochBook, EpochBounds, EpochGate, EpochSeed};
+use crate::events::EventKind;
 use crate::seal_pool::{Pass, PassConfig, PassOutput, PassSummary, SealedRecord};
 use crate::send::{Sent, VolumeEvents, VolumeSender};
-use crate::state::{JournalWriter, StateDir, StateError, VolumeIdentity, VolumeState};
+use crate::state::{JournalWriter, StateError, VolumeState};
 
 /// Record bytes that one session may hold beyond the receiver's acknowledgement; the budget's permits bound it too.
 const OUTSTANDING_BYTES_MAX: u64 = 64 << 20;
+/// How often an agent looks at its capture's state.
+const TICK: Duration = Duration::from_millis(500);
 
 /// How a volume's task ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,114 +52,51 @@ pub enum Outcome {
     },
     /// By a signal.
     Interrupted,
+    /// Its protection was ended.
+    Detached,
 }
 
-/// A volume ready to be run.
-pub(super) struct Prepared {
-    name: String,
-    source: Source,
-    state: VolumeState,
-    data_key: DataKey,
-    signer: CloseSigner,
+/// What others ask of a volume's agent.
+#[derive(Debug)]
+pub enum Order {
+    /// A point now.
+    Point(PointRequest),
+    /// The end of protection: what is kept of it here is removed.
+    Detach(tokio::sync::oneshot::Sender<Result<(), String>>),
 }
 
-/// Opens a volume's disk.
-///
-/// # Errors
-/// [`AgentError::Capture`].
-pub(super) fn open_source(spec: &VolumeSpec) -> Result<Source, AgentError> {
-    Source::open(&spec.path).map_err(|source| AgentError::Capture { volume: spec.name.clone(), source })
+/// A cut that is being sealed.
+struct Running {
+    pass: Pass,
+    progress: Progress,
+    /// Sealed, and not taken by the session yet.
+    pending: Option<SealedRecord>,
 }
 
-/// Finds or makes the volume in the store and its state here, and opens its data key.
-///
-/// # Errors
-/// [`AgentError`], naming the volume.
-pub(super) async fn prepare(
-    control: &mut Control,
-    enrolment: &Enrolment,
-    key_file: &KeyFile,
-    state_dir: &StateDir,
-    spec: &VolumeSpec,
-    source: Source,
-    now: UnixMillis,
-) -> Result<Prepared, AgentError> {
-    let name = spec.name.clone();
-    let disk_bytes = source.geometry().disk_bytes();
-    let (header, head) = match control.find_volume(&name).await? {
-        Some(known) => (known.header, known.head),
-        None => {
-            let made =
-                control.create_volume(enrolment, key_file, &name, disk_bytes, source.sector_bytes(), now).await?;
-            (made, CloseId::ZERO)
-        }
-    };
-    let size = header.current();
-    if size.disk_bytes != disk_bytes {
-        let (path, expected) = (spec.path.clone(), size.disk_bytes);
-        return Err(AgentError::SizeChanged { volume: name, path, expected, found: disk_bytes });
-    }
-    let named = |source| AgentError::Key { volume: name.clone(), source };
-    let data_key = key_file.unwrap(&header.wrapped_keys, header.volume, header.key_id).map_err(named)?;
-    let signer = data_key.signer(header.volume);
-    if signer.public() != header.signing_key {
-        return Err(named(common::seal::SealError::Unwrap { volume: header.volume }));
-    }
-    let state = if state_dir.volumes()?.contains(&header.volume) {
-        VolumeState::open(state_dir, header.volume)?
-    } else if head == CloseId::ZERO {
-        let identity = VolumeIdentity {
-            fleet: header.fleet,
-            volume: header.volume,
-            incarnation: size.incarnation,
-            key_id: header.key_id,
-            disk_bytes,
-            sector_bytes: source.sector_bytes(),
-            name: name.clone(),
-            source_path: spec.path.as_os_str().as_bytes().to_vec(),
-            source: source.identity().clone(),
-            hash_key: rng::random()?,
-        };
-        VolumeState::create(state_dir, &identity, ClosedEpoch::default())?
-    } else {
-        return Err(AgentError::StateLost { volume: name, state_dir: state_dir.path().to_owned() });
-    };
-    Ok(Prepared { name, source, state, data_key, signer })
-}
-
-/// What a run did, as `--json` prints it.
-#[derive(Debug, Default, Clone)]
-struct Tally {
-    bytes_read: u64,
-    bytes_changed: u64,
-    records_resent: u64,
-}
-
-/// How a pass ended.
-enum PassEnd {
-    /// With a committed point.
-    Point { close: CloseId, consistency: Consistency, cut: UnixMillis },
-    /// The receiver lost what it had; begin anew.
-    Lost,
-    /// By a signal.
+/// What happened next.
+enum Step {
+    Event(SenderEvent),
     Interrupted,
+    Ordered(Order),
+    /// The session takes the pending record.
+    Room,
+    Output(PassOutput),
+    Cut(Cut),
+    Tick,
 }
 
-/// What ended the driving of a pass.
-enum Driven {
-    /// The whole disk was compared.
-    Finished(PassSummary),
-    /// The receiver lost what it had.
-    Lost,
-    /// A signal.
-    Interrupted,
+/// What a step leads to.
+enum Next {
+    Go,
+    Once(Consistency),
+    Detached,
 }
 
 /// Runs one volume.
 pub(super) struct VolumeAgent {
     shared: Arc<Shared>,
     name: String,
-    source: Arc<Source>,
+    capture: Box<dyn Capture>,
     state: VolumeState,
     signer: CloseSigner,
     gate: Arc<EpochGate>,
@@ -165,10 +104,17 @@ pub(super) struct VolumeAgent {
     journals: BTreeMap<Epoch, JournalWriter>,
     sender: VolumeSender,
     events: VolumeEvents,
-    tally: Tally,
+    orders: mpsc::Receiver<Order>,
+    running: Option<Running>,
+    cuts: Cuts,
+    rpo: Rpo,
+    newest_point: Option<Point>,
+    capture_state: CaptureState,
+    records_resent: u64,
     sent_before: Sent,
     /// When the next record may leave, under a rate limit.
     next_send: Instant,
+    down_since: Option<Instant>,
 }
 
 impl VolumeAgent {
@@ -176,8 +122,14 @@ impl VolumeAgent {
     ///
     /// # Errors
     /// [`AgentError::Send`], [`AgentError::Rng`].
-    pub(super) fn new(shared: Arc<Shared>, prepared: Prepared) -> Result<Self, AgentError> {
-        let Prepared { name, source, state, data_key, signer } = prepared;
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        name: String,
+        prepared: Prepared,
+        capture: Box<dyn Capture>,
+        orders: mpsc::Receiver<Order>,
+    ) -> Result<Self, AgentError> {
+        let Prepared { state, data_key, signer } = prepared;
         let identity = state.identity().clone();
         let config = SenderConfig {
             protocol: common::session::PROTOCOL,
@@ -201,10 +153,11 @@ impl VolumeAgent {
         let bounds = EpochBounds { sealed_bytes: shared.config.epoch_bytes, ..EpochBounds::default() };
         let gate = Arc::new(EpochGate::new(seed, bounds));
         let sent_before = sender.sent();
+        let rpo = Rpo::of(&shared.points, &name);
         Ok(Self {
             shared,
             name,
-            source: Arc::new(source),
+            capture,
             state,
             signer,
             book: EpochBook::new(Arc::clone(&gate)),
@@ -212,9 +165,16 @@ impl VolumeAgent {
             journals: BTreeMap::new(),
             sender,
             events,
-            tally: Tally::default(),
+            orders,
+            running: None,
+            cuts: Cuts::default(),
+            rpo,
+            newest_point: None,
+            capture_state: CaptureState::default(),
+            records_resent: 0,
             sent_before,
             next_send: Instant::now(),
+            down_since: None,
         })
     }
 
@@ -223,116 +183,125 @@ impl VolumeAgent {
     /// # Errors
     /// [`AgentError`], naming the volume.
     pub(super) async fn run(mut self) -> Result<Outcome, AgentError> {
-        let result = self.run_passes().await;
-        if let Err(error) = &result {
-            metrics::counter!("blockferry_sender_errors_total", "kind" => kind(error)).increment(1);
-        }
-        result
-    }
-
-    async fn run_passes(&mut self) -> Result<Outcome, AgentError> {
-        if !self.open().await? {
-            return Ok(Outcome::Interrupted);
-        }
-        loop {
-            let started = Instant::now();
-            match self.pass().await? {
-                PassEnd::Lost => {}
-                PassEnd::Interrupted => return Ok(Outcome::Interrupted),
-                PassEnd::Point { close, consistency, cut } => {
-                    self.report(close, consistency, cut, started.elapsed());
-                    if self.shared.config.once {
-                        return Ok(Outcome::Point { weaker: consistency == Consistency::Fuzzy });
-                    }
-                    let next = started + self.shared.config.point_interval;
-                    if !self.idle_until(next).await? {
-                        return Ok(Outcome::Interrupted);
-                    }
-                }
+        let result = self.follow().await;
+        match result {
+            Ok(Next::Once(consistency)) => Ok(Outcome::Point { weaker: consistency == Consistency::Fuzzy }),
+            Ok(Next::Detached) => Ok(Outcome::Detached),
+            Ok(Next::Go) => {
+                self.abandon();
+                Ok(Outcome::Interrupted)
+            }
+            Err(error) => {
+                self.abandon();
+                metrics::counter!("blockferry_sender_errors_total", "kind" => kind(&error)).increment(1);
+                Err(error)
             }
         }
+    }
+
+    async fn follow(&mut self) -> Result<Next, AgentError> {
+        if !self.open().await? {
+            return Ok(Next::Go);
+        }
+        loop {
+            let next = match self.step().await? {
+                Step::Interrupted => return Ok(Next::Go),
+                Step::Event(event) => self.handle(event)?,
+                Step::Ordered(order) => self.obey(order)?,
+                Step::Room => self.send_pending()?,
+                Step::Output(output) => self.take(output)?,
+                Step::Cut(cut) => self.begin(cut),
+                Step::Tick => Next::Go,
+            };
+            self.publish();
+            if !matches!(next, Next::Go) {
+                return Ok(next);
+            }
+            self.check_patience()?;
+        }
+    }
+
+    /// Waits for the next thing to happen. Nothing is lost with what is not chosen.
+    async fn step(&mut self) -> Result<Step, AgentError> {
+        // Epochs that are not committed are bounded: until one is, nothing more is sealed, and changes gather in the capture.
+        let stalled = self.sender.epochs_in_flight() >= limits::EPOCHS_IN_FLIGHT_MAX;
+        let idle = self.running.is_none();
+        let pending = self.running.as_ref().is_some_and(|running| running.pending.is_some());
+        let (sender, next_send) = (&self.sender, self.next_send);
+        let room = async {
+            tokio::time::sleep_until(next_send).await;
+            sender.room().await;
+        };
+        let running = &mut self.running;
+        let output = async {
+            match running {
+                Some(running) => running.pass.next().await,
+                None => None,
+            }
+        };
+        Ok(tokio::select! {
+            biased;
+            event = next_event(&mut self.events, &self.shared, &self.name) => match event? {
+                Some(event) => Step::Event(event),
+                None => Step::Interrupted,
+            },
+            Some(order) = self.orders.recv() => Step::Ordered(order),
+            () = room, if pending => Step::Room,
+            Some(output) = output, if !idle && !pending && !stalled => Step::Output(output),
+            cut = self.capture.next(), if idle && !stalled => {
+                Step::Cut(cut.map_err(|source| AgentError::Capture { volume: self.name.clone(), source })?)
+            }
+            () = tokio::time::sleep(TICK) => Step::Tick,
+        })
     }
 
     /// Waits for the claim to be granted, drops what was never staged, and waits until what was staged is committed. False
     /// where a signal came first.
     async fn open(&mut self) -> Result<bool, AgentError> {
-        loop {
-            let Some(event) = self.next_event().await? else { return Ok(false) };
-            if let SenderEvent::Opened { tip, next_epoch, .. } = event {
-                let discarded = block_in_place(|| self.state.discard_after(tip))?;
-                if discarded > 0 {
-                    tracing::info!(volume = %self.name, epochs = discarded, "closes that never arrived are dropped; their pages go again");
+        let mut opened = false;
+        while !opened || !self.state.journaled().is_empty() {
+            let event = tokio::select! {
+                event = next_event(&mut self.events, &self.shared, &self.name) => event?,
+                () = tokio::time::sleep(TICK) => {
+                    self.publish();
+                    self.check_patience()?;
+                    continue;
                 }
-                self.gate.restart(next_epoch.max(self.state.next_epoch()));
-                return self.settle().await;
-            }
-            self.handle(event)?;
-        }
-    }
-
-    /// Waits until nothing is in flight. False where a signal came first.
-    async fn settle(&mut self) -> Result<bool, AgentError> {
-        while !self.state.journaled().is_empty() {
-            let Some(event) = self.next_event().await? else { return Ok(false) };
-            if self.handle(event)? {
-                self.forget_lost();
+            };
+            match event {
+                None => return Ok(false),
+                Some(SenderEvent::Opened { tip, next_epoch, .. }) if !opened => {
+                    opened = true;
+                    let discarded = block_in_place(|| self.state.discard_after(tip))?;
+                    if discarded > 0 {
+                        tracing::info!(volume = %self.name, epochs = discarded, "closes that never arrived are dropped; their pages go again");
+                    }
+                    self.gate.restart(next_epoch.max(self.state.next_epoch()));
+                }
+                Some(event) => {
+                    self.handle(event)?;
+                }
             }
         }
         Ok(true)
     }
 
-    /// Waits for the next pass's time, and keeps the session's events flowing. False where a signal came first.
-    async fn idle_until(&mut self, next: Instant) -> Result<bool, AgentError> {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep_until(next) => return Ok(true),
-                event = self.next_event() => {
-                    let Some(event) = event? else { return Ok(false) };
-                    if self.handle(event)? {
-                        self.forget_lost();
-                    }
-                }
-            }
+    /// With `--once`, gives up where no receiver has been there for long.
+    fn check_patience(&mut self) -> Result<(), AgentError> {
+        let link = self.shared.sender.state().borrow().clone();
+        if link.connected || !self.shared.config.once {
+            self.down_since = None;
+        } else if self.down_since.get_or_insert_with(Instant::now).elapsed() > ONCE_PATIENCE {
+            return Err(AgentError::Unreachable { tried: link.last_error.unwrap_or_default() });
         }
+        Ok(())
     }
 
-    /// The session's next event; `None` for a signal.
-    async fn next_event(&mut self) -> Result<Option<SenderEvent>, AgentError> {
-        let patience = self.shared.config.once;
-        let mut link = self.shared.sender.state();
-        let mut refusals = self.shared.sender.state();
-        let mut down_since = Instant::now();
-        loop {
-            tokio::select! {
-                biased;
-                event = self.events.next() => {
-                    return event.map(Some).ok_or_else(|| AgentError::SessionEnded {
-                        volume: self.name.clone(),
-                        reason: "it ended without a reason; run the sender again".to_owned(),
-                    });
-                }
-                _ = self.shared.shutdown.requested() => return Ok(None),
-                Ok(state) = refusals.wait_for(|state| state.refused.is_some()) => {
-                    let reason = format!("{}; register this machine again", state.refused.clone().unwrap_or_default());
-                    return Err(AgentError::SessionEnded { volume: self.name.clone(), reason });
-                }
-                () = tokio::time::sleep(Duration::from_secs(1)), if patience => {
-                    let state = link.borrow_and_update().clone();
-                    if state.connected {
-                        down_since = Instant::now();
-                    } else if down_since.elapsed() > ONCE_PATIENCE {
-                        return Err(AgentError::Unreachable { tried: state.last_error.unwrap_or_default() });
-                    }
-                }
-            }
-        }
-    }
-
-    /// Takes an event in; true where the receiver lost what it had acknowledged, and [`Self::forget_lost`] must follow.
-    fn handle(&mut self, event: SenderEvent) -> Result<bool, AgentError> {
+    /// Takes an event in.
+    fn handle(&mut self, event: SenderEvent) -> Result<Next, AgentError> {
         match event {
             SenderEvent::Committed { closed, records_resent } => {
-                self.tally.records_resent = records_resent;
+                self.records_resent = records_resent;
                 let committed = block_in_place(|| self.state.commit_through(closed.close))?;
                 for close in committed {
                     if let Some(consistency) = close.point {
@@ -341,16 +310,26 @@ impl VolumeAgent {
                     }
                     tracing::debug!(volume = %self.name, epoch = %close.epoch, "committed");
                 }
+                return self.settle();
             }
             SenderEvent::StageLost { tip, next_epoch } => {
-                tracing::warn!(
-                    volume = %self.name, %tip,
-                    "the receiver lost what it had staged; the pages of its uncommitted epochs are read and sent again"
+                let text = format!(
+                    "the receiver lost what it had staged after {tip}; the pages of its uncommitted epochs are read and sent again"
                 );
+                self.shared.events.note(&self.name, EventKind::StageLost, text);
                 metrics::counter!("blockferry_sender_errors_total", "kind" => "stage_lost").increment(1);
                 block_in_place(|| self.state.discard_after(tip))?;
-                self.book.restart(next_epoch);
-                return Ok(true);
+                // Threads put out nothing more from here on, so nothing of an old epoch comes later.
+                self.running = None;
+                self.journals.clear();
+                let next = next_epoch.max(self.gate.next_epoch()).max(self.state.next_epoch());
+                self.book.restart(next);
+                self.sender.restart(next);
+                let (first, wishes) = self.cuts.lose_after(self.state.newest().epoch);
+                if let Some(first) = first {
+                    block_in_place(|| self.capture.lost(first)).map_err(|source| self.capture_failed(source))?;
+                }
+                wishes.into_iter().for_each(|wish| self.capture.want_point(wish));
             }
             SenderEvent::Refused { code, text } => match code {
                 RefusalCode::GoingAway | RefusalCode::Failed => {
@@ -360,22 +339,198 @@ impl VolumeAgent {
             },
             SenderEvent::Opened { .. } | SenderEvent::Staged { .. } | SenderEvent::Closed(_) => {}
         }
-        Ok(false)
+        Ok(Next::Go)
     }
 
-    /// After a loss, once the pass is over: nothing of the old epochs is left, new ones may begin.
-    fn forget_lost(&mut self) {
-        self.journals.clear();
-        let next = self.gate.next_epoch().max(self.state.next_epoch());
-        self.book.restart(next);
-        self.sender.restart(next);
+    fn capture_failed(&self, source: crate::capture::CaptureError) -> AgentError {
+        AgentError::Capture { volume: self.name.clone(), source }
+    }
+
+    fn obey(&mut self, order: Order) -> Result<Next, AgentError> {
+        match order {
+            Order::Point(request) => {
+                self.capture.want_point(request.wish.clone());
+                self.cuts.wait(request);
+                Ok(Next::Go)
+            }
+            Order::Detach(reply) => {
+                self.abandon();
+                let stand_in = Box::new(super::Detached(self.capture.geometry()));
+                let capture = std::mem::replace(&mut self.capture, stand_in);
+                let removed = block_in_place(|| capture.detach());
+                let failed = removed.as_ref().err().map(ToString::to_string);
+                // The state itself is removed by whoever ordered this, once the volume's lock is free.
+                let _ = reply.send(failed.map_or(Ok(()), Err));
+                removed.map_err(|source| self.capture_failed(source))?;
+                Ok(Next::Detached)
+            }
+        }
+    }
+
+    /// Begins to seal a cut.
+    fn begin(&mut self, cut: Cut) -> Next {
+        self.cuts.begin(&cut);
+        let pages = cut.pages.pages();
+        let progress = match (cut.asserts, self.capture.status().state) {
+            // What goes on for ever has no bar.
+            (Asserts::AtEnd, _) | (_, CaptureState::First | CaptureState::Verifying) => {
+                Progress::bytes(&self.name, Some(pages * limits::PAGE_BYTES as u64))
+            }
+            _ => Progress::hidden(),
+        };
+        let pass = Pass::start(
+            &self.shared.pool,
+            PassConfig {
+                pages: cut.pages,
+                hashes: self.state.committed_hashes(),
+                hash_key: self.state.identity().hash_key,
+                gate: Arc::clone(&self.gate),
+                budget: self.shared.budget.clone(),
+                volume: self.name.clone(),
+            },
+        );
+        self.running = Some(Running { pass, progress, pending: None });
+        Next::Go
+    }
+
+    /// Takes what a pass puts out.
+    fn take(&mut self, output: PassOutput) -> Result<Next, AgentError> {
+        match output {
+            PassOutput::Sealed(sealed) => {
+                self.enter(sealed)?;
+                Ok(Next::Go)
+            }
+            PassOutput::Finished(summary) => self.sealed(summary),
+            PassOutput::Failed(source) => Err(AgentError::Pass { volume: self.name.clone(), source }),
+        }
+    }
+
+    /// Enters a sealed record into book and journal; it is sent when there is room.
+    fn enter(&mut self, sealed: SealedRecord) -> Result<(), AgentError> {
+        let epoch = sealed.epoch;
+        block_in_place(|| {
+            let journal = match self.journals.entry(epoch) {
+                std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
+                std::collections::btree_map::Entry::Vacant(entry) => entry.insert(self.state.begin_journal(epoch)?),
+            };
+            journal.append(sealed.change.clone())
+        })?;
+        self.book.record(epoch, sealed.meta);
+        if let Some(running) = &mut self.running {
+            let done = running.pass.progress().bytes_done();
+            running.progress.advance(done.saturating_sub(running.progress.done()));
+            running.pending = Some(sealed);
+        }
+        Ok(())
+    }
+
+    fn send_pending(&mut self) -> Result<Next, AgentError> {
+        if let Some(sealed) = self.running.as_mut().and_then(|running| running.pending.take()) {
+            let bytes = sealed.record.bytes().len() as u64;
+            self.sender.send_record_now(sealed.record, sealed.permit)?;
+            self.space(bytes);
+            self.close_ready(None)?;
+        }
+        Ok(Next::Go)
+    }
+
+    /// Under a rate limit, says when the record after one of `bytes` may leave.
+    fn space(&mut self, bytes: u64) {
+        if let Some(limit) = self.shared.config.rate_limit {
+            let spacing = Duration::from_nanos(
+                u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(limit.0.max(1))).unwrap_or(u64::MAX),
+            );
+            self.next_send = self.next_send.max(Instant::now() - Duration::from_millis(50)) + spacing;
+        }
+    }
+
+    /// A cut is sealed as a whole: closes its last epoch.
+    fn sealed(&mut self, summary: PassSummary) -> Result<Next, AgentError> {
+        if let Some(running) = self.running.take() {
+            let done = running.pass.progress().bytes_done();
+            running.progress.advance(done.saturating_sub(running.progress.done()));
+            running.progress.finish();
+        }
+        self.cuts.tally.bytes_read += summary.bytes_read;
+        self.cuts.tally.bytes_changed += summary.pages_changed * limits::PAGE_BYTES as u64;
+        let now = self.shared.clock.now();
+        let Some(cut) = self.cuts.newest_mut() else { return Ok(Next::Go) };
+        let point = match cut.asserts {
+            Asserts::Nothing => None,
+            Asserts::Point(consistency) => Some(consistency),
+            Asserts::AtEnd => {
+                // The cut of a disk that is read as it is, is where the reading ended.
+                cut.time = now;
+                summary.consistency
+            }
+        };
+        if point == Some(Consistency::Fuzzy) {
+            cut.weaker.clone_from(&summary.reason);
+            tracing::warn!(
+                volume = %self.name, reason = %summary.reason,
+                "the disk changed, or could have, while it was read: the point is fuzzy"
+            );
+        }
+        cut.point = point;
+        let end = CutEnd { point, time: cut.time, group: cut.group.as_ref().map(|group| (group.group, group.point)) };
+        if point.is_some() || summary.records > 0 {
+            let last = self.gate.retire().map_err(|source| AgentError::Epoch { volume: self.name.clone(), source })?;
+            self.close_ready(Some((last, end)))?;
+        }
+        let newest = self.state.newest();
+        if let Some(cut) = self.cuts.newest_mut() {
+            cut.last = Some(newest);
+        }
+        self.settle()
+    }
+
+    /// Tells the capture of cuts that are wholly committed, and reports their points.
+    fn settle(&mut self) -> Result<Next, AgentError> {
+        let mut next = Next::Go;
+        while let Some(cut) = self.cuts.pop_committed(self.state.known().epoch) {
+            block_in_place(|| self.capture.committed(cut.id)).map_err(|source| self.capture_failed(source))?;
+            let point = self.point_of(&cut);
+            let again = self.cuts.answer(&cut, point.as_ref());
+            again.into_iter().for_each(|wish| self.capture.want_point(wish));
+            if let Some(point) = point {
+                self.report(&point);
+                if self.shared.config.once {
+                    next = Next::Once(point.consistency);
+                }
+                self.rpo.committed(point.time);
+                self.newest_point = Some(point);
+            }
+        }
+        Ok(next)
+    }
+
+    fn point_of(&self, cut: &UnderWay) -> Option<Point> {
+        let last = cut.last?;
+        Some(Point {
+            close: last.close,
+            epoch: last.epoch,
+            consistency: cut.point?,
+            time: cut.time,
+            group: cut.group.as_ref().map(|group| group.point),
+            weaker: cut.weaker.clone(),
+        })
+    }
+
+    /// Gives up what is open, at the end: its pages count as changed still.
+    fn abandon(&mut self) {
+        self.running = None;
+        for (epoch, journal) in std::mem::take(&mut self.journals) {
+            self.sender.drop_epoch(epoch);
+            drop(journal);
+        }
+        self.book.restart(self.gate.next_epoch());
     }
 
     fn refused(&self, code: RefusalCode, text: &str) -> AgentError {
         let next_step = match code {
             RefusalCode::Diverged => {
-                "; this state directory is a copy, or older than what the store has: use the one that is current, or protect the \
-                 disk as a new volume, under another name"
+                "; this state directory is a copy, or older than what the store has: use the one that is current, take the volume \
+                 over with `blockferry-sender adopt`, or protect the disk as a new volume, under another name"
             }
             RefusalCode::Superseded => "; another sender with this state took over: stop one of the two",
             RefusalCode::Fenced => "; run the sender again",
@@ -384,150 +539,20 @@ impl VolumeAgent {
         AgentError::SessionEnded { volume: self.name.clone(), reason: format!("{text}{next_step}") }
     }
 
-    /// One pass over the disk, to a committed point.
-    async fn pass(&mut self) -> Result<PassEnd, AgentError> {
-        if !self.settle().await? {
-            return Ok(PassEnd::Interrupted);
-        }
-        let failed = |source| AgentError::Pass { volume: self.name.clone(), source };
-        let config = PassConfig {
-            disk: Arc::<Source>::clone(&self.source),
-            hashes: self.state.begin_pass()?,
-            hash_key: self.state.identity().hash_key,
-            gate: Arc::clone(&self.gate),
-            budget: self.shared.budget.clone(),
-            seal_threads: self.shared.config.seal_threads,
-            zstd_level: match self.shared.config.zstd_level {
-                ZstdLevel::Auto => 1,
-                ZstdLevel::Fixed(level) => level,
-            },
-            volume: self.name.clone(),
-        };
-        let mut pass = block_in_place(|| Pass::start(config)).map_err(failed)?;
-        let summary = match self.drive(&mut pass).await {
-            Ok(Driven::Finished(summary)) => summary,
-            other => {
-                // Threads put out nothing more from here on, so nothing of an old epoch comes later.
-                drop(pass);
-                return match other {
-                    Ok(Driven::Lost) => {
-                        self.forget_lost();
-                        Ok(PassEnd::Lost)
-                    }
-                    Ok(Driven::Interrupted | Driven::Finished(_)) => {
-                        self.abandon_open_epochs();
-                        Ok(PassEnd::Interrupted)
-                    }
-                    Err(error) => {
-                        self.abandon_open_epochs();
-                        Err(error)
-                    }
-                };
-            }
-        };
-        self.tally.bytes_read += summary.bytes_read;
-        self.tally.bytes_changed += summary.pages_changed * limits::PAGE_BYTES as u64;
-        let consistency = summary.rest.consistency();
-        if consistency == Consistency::Fuzzy {
-            tracing::warn!(
-                volume = %self.name, reason = %summary.rest,
-                "the disk changed, or could have, while it was read: the point is fuzzy"
-            );
-        }
-        let cut = self.shared.clock.now();
-        let last = self.gate.retire().map_err(|source| AgentError::Epoch { volume: self.name.clone(), source })?;
-        self.close_ready(Some((last, consistency, cut)))?;
-        let point = self.state.newest().close;
-        while self.state.known().close != point {
-            let Some(event) = self.next_event().await? else { return Ok(PassEnd::Interrupted) };
-            if self.handle(event)? {
-                self.forget_lost();
-                return Ok(PassEnd::Lost);
-            }
-        }
-        Ok(PassEnd::Point { close: point, consistency, cut })
-    }
-
-    /// Takes what a pass puts out, and what the session tells, until one of them ends the pass.
-    async fn drive(&mut self, pass: &mut Pass) -> Result<Driven, AgentError> {
-        let progress = Progress::bytes(&self.name, Some(self.source.geometry().disk_bytes()));
-        let counters = pass.progress();
-        loop {
-            tokio::select! {
-                biased;
-                event = self.next_event() => match event? {
-                    None => return Ok(Driven::Interrupted),
-                    Some(event) => {
-                        if self.handle(event)? {
-                            return Ok(Driven::Lost);
-                        }
-                    }
-                },
-                // Epochs that are not committed are bounded: until one is, nothing more is taken, and the pass waits.
-                output = pass.next(), if self.sender.epochs_in_flight() < limits::EPOCHS_IN_FLIGHT_MAX => match output {
-                    Some(PassOutput::Sealed(sealed)) => self.take(sealed).await?,
-                    Some(PassOutput::Finished(summary)) => {
-                        progress.advance(summary.bytes_read.saturating_sub(progress.done()));
-                        progress.finish();
-                        return Ok(Driven::Finished(summary));
-                    }
-                    Some(PassOutput::Failed(source)) => {
-                        return Err(AgentError::Pass { volume: self.name.clone(), source });
-                    }
-                    None => return Ok(Driven::Interrupted),
-                },
-            }
-            progress.advance(counters.bytes_read().saturating_sub(progress.done()));
-        }
-    }
-
-    /// Gives up what is open, after a pass that did not end: its pages count as changed still.
-    fn abandon_open_epochs(&mut self) {
-        for (epoch, journal) in std::mem::take(&mut self.journals) {
-            self.sender.drop_epoch(epoch);
-            drop(journal);
-        }
-        self.book.restart(self.gate.next_epoch());
-    }
-
-    /// Takes a sealed record: into the book, the journal, and on its way; then closes what became complete.
-    async fn take(&mut self, sealed: SealedRecord) -> Result<(), AgentError> {
-        let epoch = sealed.epoch;
-        block_in_place(|| {
-            let journal = match self.journals.entry(epoch) {
-                std::collections::btree_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::btree_map::Entry::Vacant(entry) => entry.insert(self.state.begin_journal(epoch)?),
-            };
-            journal.append(sealed.change)
-        })?;
-        self.book.record(epoch, sealed.meta);
-        self.await_rate(sealed.record.bytes().len() as u64).await;
-        self.sender.send_record(sealed.record, sealed.permit).await?;
-        self.close_ready(None)
-    }
-
-    /// Under a rate limit, waits until `bytes` may leave.
-    async fn await_rate(&mut self, bytes: u64) {
-        if let Some(limit) = self.shared.config.rate_limit {
-            tokio::time::sleep_until(self.next_send).await;
-            let spacing = Duration::from_nanos(
-                u64::try_from(u128::from(bytes) * 1_000_000_000 / u128::from(limit.0.max(1))).unwrap_or(u64::MAX),
-            );
-            self.next_send = self.next_send.max(Instant::now() - Duration::from_millis(50)) + spacing;
-        }
-    }
-
-    /// Closes all epochs that are complete; the one named in `last` asserts a point.
-    fn close_ready(&mut self, last: Option<(Epoch, Consistency, UnixMillis)>) -> Result<(), AgentError> {
+    /// Closes all epochs that are complete; the one named in `last` asserts the point.
+    fn close_ready(&mut self, last: Option<(Epoch, CutEnd)>) -> Result<(), AgentError> {
         while let Some(epoch) = self.book.closable() {
-            let point = last.filter(|(last, ..)| *last == epoch);
+            let end = last.filter(|(last, _)| *last == epoch).map(|(_, end)| end);
+            let (group, group_point) = end.and_then(|end| end.group).unwrap_or((GroupId::NIL, GroupId::NIL));
             let parent = self.state.newest().close;
             let terms = CloseTerms {
                 fleet: self.state.identity().fleet,
                 parent,
-                cut_time: point.map_or_else(|| self.shared.clock.now(), |(_, _, cut)| cut),
-                point: point.map(|(_, consistency, _)| consistency),
+                cut_time: end.map_or_else(|| self.shared.clock.now(), |end| end.time),
+                point: end.and_then(|end| end.point),
                 disk_bytes: self.state.identity().disk_bytes,
+                group,
+                group_point,
             };
             let statement = self
                 .book
@@ -547,30 +572,97 @@ impl VolumeAgent {
         Ok(())
     }
 
+    /// Says how it stands, to status, metrics and log.
+    fn publish(&mut self) {
+        let capture = self.capture.status();
+        let before = std::mem::replace(&mut self.capture_state, capture.state);
+        if before != capture.state {
+            let event = match (before, capture.state) {
+                (_, CaptureState::Overloaded) => Some((EventKind::Overload, "changes come faster than they can leave")),
+                (_, CaptureState::Verifying) => Some((EventKind::Verifying, "the disk is compared with known hashes")),
+                (CaptureState::Verifying, CaptureState::Following) => {
+                    Some((EventKind::Verified, "the disk was compared with known hashes"))
+                }
+                (CaptureState::Overloaded | CaptureState::CatchingUp, CaptureState::Following) => {
+                    Some((EventKind::CaughtUp, "what gathered under overload is captured"))
+                }
+                _ => None,
+            };
+            if let Some((kind, text)) = event {
+                self.shared.events.note(&self.name, kind, text);
+            }
+        }
+        let outstanding = !self.cuts.is_empty() || self.running.is_some() || capture.backlog_bytes > 0;
+        self.rpo.outstanding(outstanding || !capture.tracks, self.shared.clock.now());
+        #[expect(clippy::cast_precision_loss, reason = "metrics are floating point")]
+        let backlog = capture.backlog_bytes as f64;
+        metrics::gauge!("blockferry_sender_backlog_bytes", "volume" => self.name.clone()).set(backlog);
+        let overloaded = matches!(capture.state, CaptureState::Overloaded);
+        metrics::gauge!("blockferry_sender_overloaded", "volume" => self.name.clone())
+            .set(f64::from(u8::from(overloaded)));
+        let newest_point = self.newest_point.as_ref().map(Point::status);
+        let epochs_in_flight = self.sender.epochs_in_flight() as u64;
+        self.shared.board.update(&self.name, |status| {
+            capture.state.as_str().clone_into(&mut status.state);
+            status.backlog_bytes = capture.backlog_bytes;
+            status.epochs_in_flight = epochs_in_flight;
+            status.settled = capture.tracks && !outstanding;
+            if newest_point.is_some() {
+                status.last_point = newest_point;
+            }
+            status.overloads = capture.overloads;
+            status.warning = capture.warning;
+        });
+    }
+
     /// Says that there is a point; under `--json` on standard output.
-    fn report(&mut self, close: CloseId, consistency: Consistency, cut: UnixMillis, took: Duration) {
+    fn report(&mut self, point: &Point) {
         let sent = self.sender.sent();
         let before = std::mem::replace(&mut self.sent_before, sent);
         let (records, bytes) = (sent.records - before.records, sent.bytes - before.bytes);
-        let tally = std::mem::take(&mut self.tally);
-        self.shared.points.lock().unwrap_or_else(PoisonError::into_inner).insert(self.name.clone(), cut);
+        let (tally, took) = self.cuts.take_tally();
         tracing::info!(
-            volume = %self.name, point = %close, consistency = consistency.as_str(), read = tally.bytes_read,
+            volume = %self.name, point = %point.close, consistency = point.consistency.as_str(), read = tally.bytes_read,
             changed = tally.bytes_changed, sent = bytes, records, seconds = took.as_secs_f64(), "recovery point"
         );
         if self.shared.config.json {
             print_line(&serde_json::json!({
                 "volume": self.name,
-                "point": close.to_string(),
-                "consistency": consistency.as_str(),
-                "time": cut.to_string(),
+                "point": point.close.to_string(),
+                "consistency": point.consistency.as_str(),
+                "time": point.time.to_string(),
                 "bytes_read": tally.bytes_read,
                 "bytes_changed": tally.bytes_changed,
                 "bytes_sent": bytes,
                 "records_sent": records,
-                "records_resent": tally.records_resent,
+                "records_resent": self.records_resent,
                 "seconds": took.as_secs_f64(),
             }));
+        }
+    }
+}
+
+/// What the last close of a cut states.
+#[derive(Debug, Clone, Copy)]
+struct CutEnd {
+    point: Option<Consistency>,
+    time: UnixMillis,
+    group: Option<(GroupId, GroupId)>,
+}
+
+/// The session's next event; `None` for a signal. Safe to cancel.
+async fn next_event(events: &mut VolumeEvents, shared: &Shared, name: &str) -> Result<Option<SenderEvent>, AgentError> {
+    let mut refusals = shared.sender.state();
+    tokio::select! {
+        biased;
+        event = events.next() => event.map(Some).ok_or_else(|| AgentError::SessionEnded {
+            volume: name.to_owned(),
+            reason: "it ended without a reason; run the sender again".to_owned(),
+        }),
+        _ = shared.shutdown.requested() => Ok(None),
+        Ok(state) = refusals.wait_for(|state| state.refused.is_some()) => {
+            let reason = format!("{}; register this machine again", state.refused.clone().unwrap_or_default());
+            Err(AgentError::SessionEnded { volume: name.to_owned(), reason })
         }
     }
 }

@@ -154,6 +154,9 @@ pub struct CaptureStatus {
     pub state: CaptureState,
     /// Bytes of pages that changed and are in no cut yet, or still have to be read.
     pub backlog_bytes: u64,
+    /// True where a backlog of 0 means that the disk and what was given to cuts are the same; a mode that only sees changes
+    /// when it reads the disk does not know.
+    pub tracks: bool,
     /// Times that it was overloaded.
     pub overloads: u64,
     /// What weakens it now, for people; empty where all is well.
@@ -202,4 +205,13 @@ pub trait Capture: Send {
 
     /// How it stands.
     fn status(&self) -> CaptureStatus;
+
+    /// Ends the disk's protection: removes what the mode keeps beyond the process (pins, maps, logs). Nothing of it is left
+    /// after a success.
+    ///
+    /// # Errors
+    /// [`CaptureError`], naming what could not be removed.
+    fn detach(self: Box<Self>) -> Result<(), CaptureError> {
+        Ok(())
+    }
 }

@@ -1,18 +1,28 @@
-//! Comparing a block with what is known of it, and handing out the disk in chunks. Pure but for the lock.
+//! `scan`: the whole disk is read, and each page compared with what is known of it. Needs nothing from the kernel.
 
-use std::collections::BTreeMap;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
+use common::clock::Clock;
+use common::format::close::Consistency;
 use common::format::state::{HashChange, HashEntry, PageHash, ZERO_PAGE_HASH};
 use common::ids::{BlockIndex, Geometry, PageMask};
-use common::limits::{BLOCK_BYTES, PAGE_BYTES, RANGE_BLOCKS_MAX};
+use common::limits::{BLOCK_BYTES, PAGE_BYTES};
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use super::cut::{
+    Asserts, Capture, CaptureState, CaptureStatus, Cut, CutId, CutPages, NextCut, Piece, PieceMasks, PieceRead,
+    PointWish,
+};
+use super::error::CaptureError;
+use super::{Disk, RestProbe};
 
 /// Blocks read at a time: 1 MiB reads are where disks and kernels stop gaining.
 pub const CHUNK_BLOCKS: usize = 4;
 /// Bytes read at a time.
 pub const CHUNK_BYTES: usize = CHUNK_BLOCKS * BLOCK_BYTES;
-/// Chunks that may be handed out beyond the oldest that is still being compared.
-const CHUNKS_AHEAD_MAX: u64 = 256;
 
 static ZERO_PAGE: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
@@ -54,17 +64,24 @@ pub fn page_hash(key: &[u8; 32], page: &[u8]) -> PageHash {
     hash
 }
 
-/// Compares the pages of `existing`, which lie at their places in `bytes`, with their known hashes.
+/// Compares the pages of `pages`, which lie at their places in `bytes`, with their known hashes; those that are not in
+/// `comparable` count as different whatever they hold.
 #[must_use]
-pub fn compare(key: &[u8; 32], bytes: &[u8], existing: PageMask, known: &HashEntry) -> BlockDifference {
+pub fn compare(
+    key: &[u8; 32],
+    bytes: &[u8],
+    pages: PageMask,
+    comparable: PageMask,
+    known: &HashEntry,
+) -> BlockDifference {
     let (mut data, mut zero, mut zeros) = (PageMask::EMPTY, PageMask::EMPTY, 0);
     let mut hashes = Vec::new();
-    for index in existing.iter() {
+    for index in pages.iter() {
         let start = index as usize * PAGE_BYTES;
         let hash = page_hash(key, &bytes[start..start + PAGE_BYTES]);
         let is_zero = hash == ZERO_PAGE_HASH;
         zeros += u32::from(is_zero);
-        if hash != known.0[index as usize] {
+        if hash != known.0[index as usize] || !comparable.contains(index) {
             if is_zero {
                 zero = zero.with(index);
             } else {
@@ -94,103 +111,137 @@ pub fn gather<'a>(bytes: &'a [u8], mask: PageMask, scratch: &'a mut Vec<u8>) -> 
     scratch
 }
 
-/// Consecutive blocks that became zero.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct ZeroRun {
-    /// The first.
-    pub first: BlockIndex,
-    /// How many, at most [`RANGE_BLOCKS_MAX`].
-    pub count: u32,
+/// The whole disk, read block after block.
+struct WholeDisk {
+    disk: Arc<dyn Disk>,
+    next: AtomicU64,
+    rest: Mutex<Option<RestProbe>>,
 }
 
-#[derive(Debug, Default)]
-struct ChunkState {
-    next: u64,
-    /// The oldest chunk whose zero blocks are not known yet.
-    low: u64,
-    /// Zero blocks of chunks after it, a bit each.
-    ahead: BTreeMap<u64, u8>,
-    run: Option<ZeroRun>,
-    stopped: bool,
-}
-
-/// Hands a disk out in chunks, in order, to several threads, and joins the blocks that they find to be zero to runs.
-///
-/// Promises: each chunk once; each zero block in one run; never more than [`CHUNKS_AHEAD_MAX`] chunks ahead.
-#[derive(Debug)]
-pub struct Chunks {
-    chunks: u64,
-    state: Mutex<ChunkState>,
-    moved: Condvar,
-}
-
-impl Chunks {
-    /// All chunks of a disk.
-    #[must_use]
-    pub fn new(geometry: Geometry) -> Self {
-        let chunks = geometry.blocks().div_ceil(CHUNK_BLOCKS as u64);
-        Self { chunks, state: Mutex::default(), moved: Condvar::new() }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, ChunkState> {
-        // Nothing that holds the lock panics half-way through a change.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The next chunk, or `None` at the end or after [`Self::stop`]. Waits while it would get too far ahead.
-    pub fn take(&self) -> Option<u64> {
-        let mut state = self.lock();
-        while !state.stopped && state.next < self.chunks && state.next >= state.low + CHUNKS_AHEAD_MAX {
-            state = self.moved.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
-        if state.stopped || state.next >= self.chunks {
+impl CutPages for WholeDisk {
+    fn next(&self) -> Option<Piece> {
+        let first = self.next.fetch_add(CHUNK_BLOCKS as u64, Ordering::Relaxed);
+        let geometry = self.disk.geometry();
+        if first >= geometry.blocks() {
             return None;
         }
-        state.next += 1;
-        Some(state.next - 1)
+        let mut masks = PieceMasks::default();
+        for (mask, block) in masks.iter_mut().zip(first..) {
+            *mask = geometry.pages_of(BlockIndex(block));
+        }
+        Some(Piece { first: BlockIndex(first), masks })
     }
 
-    /// Ends the handing out, also for those who wait.
-    pub fn stop(&self) {
-        self.lock().stopped = true;
-        self.moved.notify_all();
+    fn read(&self, piece: &Piece, buffer: &mut [u8]) -> Result<PieceRead, CaptureError> {
+        let geometry = self.disk.geometry();
+        let offset = piece.first.0 * BLOCK_BYTES as u64;
+        let blocks = piece.masks.iter().filter(|mask| !mask.is_empty()).count();
+        self.disk.read_at(offset, &mut buffer[..blocks * BLOCK_BYTES])?;
+        let source_bytes = (geometry.disk_bytes() - offset).min(CHUNK_BYTES as u64);
+        Ok(PieceRead { masks: piece.masks, comparable: piece.masks, source_bytes, permits: Default::default() })
     }
 
-    /// True after [`Self::stop`].
+    fn finish(&self) -> Result<(Option<Consistency>, String), CaptureError> {
+        self.disk.check_size()?;
+        let probe = self.rest.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let rest = probe.unwrap_or_else(|| RestProbe::none("the disk was not watched")).finish();
+        Ok((Some(rest.consistency()), rest.to_string()))
+    }
+
+    fn pages(&self) -> u64 {
+        self.disk.geometry().pages()
+    }
+}
+
+/// A disk that is read as a whole for each point.
+///
+/// A pass is given only when no cut is under way: it would compare with hashes that an uncommitted one is about to change.
+pub struct ScanCapture {
+    disk: Arc<dyn Disk>,
+    clock: Clock,
+    interval: Duration,
+    due: Instant,
+    wished: bool,
+    under_way: Option<CutId>,
+    last: u64,
+    committed_once: bool,
+    changed: Arc<Notify>,
+}
+
+impl ScanCapture {
+    /// Reads `disk` at once, and again each `interval`.
     #[must_use]
-    pub fn is_stopped(&self) -> bool {
-        self.lock().stopped
+    pub fn new(disk: Arc<dyn Disk>, clock: Clock, interval: Duration) -> Self {
+        let changed = Arc::new(Notify::new());
+        let due = Instant::now();
+        Self { disk, clock, interval, due, wished: false, under_way: None, last: 0, committed_once: false, changed }
     }
 
-    /// Says which blocks of a chunk became zero as a whole, a bit each, the first one lowest. Returns runs that are now
-    /// complete; the caller seals them.
-    #[must_use]
-    pub fn compared(&self, chunk: u64, zero_blocks: u8) -> Vec<ZeroRun> {
-        let mut state = self.lock();
-        state.ahead.insert(chunk, zero_blocks);
-        let mut complete = Vec::new();
-        while let Some(bits) = {
-            let low = state.low;
-            state.ahead.remove(&low)
-        } {
-            let first = state.low * CHUNK_BLOCKS as u64;
-            for index in 0..CHUNK_BLOCKS as u64 {
-                if bits >> index & 1 == 0 {
-                    complete.extend(state.run.take());
-                    continue;
-                }
-                match &mut state.run {
-                    Some(run) if run.count < RANGE_BLOCKS_MAX => run.count += 1,
-                    run => complete.extend(run.replace(ZeroRun { first: BlockIndex(first + index), count: 1 })),
-                }
+    async fn next_pass(&mut self) -> Result<Cut, CaptureError> {
+        while self.under_way.is_some() || !self.wished && self.due > Instant::now() {
+            let changed = self.changed.notified();
+            tokio::select! {
+                () = changed => {}
+                () = tokio::time::sleep_until(self.due), if self.under_way.is_none() => {}
             }
-            state.low += 1;
         }
-        if state.low == self.chunks {
-            complete.extend(state.run.take());
+        self.due = Instant::now() + self.interval;
+        self.wished = false;
+        self.last += 1;
+        let id = CutId(self.last);
+        self.under_way = Some(id);
+        // Waits some milliseconds at most.
+        let rest = self.disk.watch_rest();
+        let pages = WholeDisk { disk: Arc::clone(&self.disk), next: AtomicU64::new(0), rest: Mutex::new(Some(rest)) };
+        Ok(Cut {
+            id,
+            pages: Arc::new(pages),
+            time: self.clock.now(),
+            asserts: Asserts::AtEnd,
+            group: None,
+            weaker: String::new(),
+        })
+    }
+}
+
+impl Capture for ScanCapture {
+    fn geometry(&self) -> Geometry {
+        self.disk.geometry()
+    }
+
+    fn next(&mut self) -> NextCut<'_> {
+        Box::pin(self.next_pass())
+    }
+
+    fn want_point(&mut self, wish: PointWish) {
+        // A disk that is read over minutes has no part in an instant.
+        if let Some(group) = wish.group {
+            group.give_up();
         }
-        drop(state);
-        self.moved.notify_all();
-        complete
+        self.wished = true;
+        self.changed.notify_one();
+    }
+
+    fn committed(&mut self, cut: CutId) -> Result<(), CaptureError> {
+        if self.under_way.is_some_and(|under_way| under_way <= cut) {
+            self.under_way = None;
+            self.committed_once = true;
+            self.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    fn lost(&mut self, from: CutId) -> Result<(), CaptureError> {
+        if self.under_way.is_some_and(|under_way| under_way >= from) {
+            self.under_way = None;
+            self.due = Instant::now();
+            self.changed.notify_one();
+        }
+        Ok(())
+    }
+
+    fn status(&self) -> CaptureStatus {
+        let state = if self.committed_once { CaptureState::Following } else { CaptureState::First };
+        CaptureStatus { state, ..CaptureStatus::default() }
     }
 }

@@ -290,6 +290,10 @@ pub struct CloseTerms {
     pub point: Option<Consistency>,
     /// Exact size of the disk in bytes.
     pub disk_bytes: u64,
+    /// Names the disks that were cut at the same instant; nil where there are none.
+    pub group: GroupId,
+    /// Names that instant.
+    pub group_point: GroupId,
 }
 
 /// The agent's record of what was sealed in each epoch that is not closed. 96 bytes a record.
@@ -362,8 +366,8 @@ impl EpochBook {
             zero_pages: metas.iter().map(zero_pages).sum(),
             record_bytes: metas.iter().map(|meta| u64::from(meta.record_len)).sum(),
             meta_root,
-            group: GroupId::NIL,
-            group_point: GroupId::NIL,
+            group: terms.group,
+            group_point: terms.group_point,
         })
     }
 

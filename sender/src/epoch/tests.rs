@@ -31,6 +31,8 @@ fn terms() -> CloseTerms {
         cut_time: UnixMillis(5),
         point: Some(Consistency::Crash),
         disk_bytes: 1 << 40,
+        group: GroupId::NIL,
+        group_point: GroupId::NIL,
     }
 }
 

@@ -4,18 +4,20 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use common::budget::MemoryTable;
-use common::clock::UnixMillis;
+use common::clock::{Clock, UnixMillis};
 use common::format::close::Consistency;
 use common::format::record::RecordKind;
-use common::ids::{FleetId, Incarnation, KeyId, PageMask, Salt, VolumeId};
+use common::ids::{BlockIndex, FleetId, Geometry, GroupId, Incarnation, KeyId, PageMask, Salt, VolumeId};
 use common::limits::{BLOCK_BYTES, PAGE_BYTES};
 use common::seal::{DataKey, EpochContext, Opener};
 use common::session::ClosedEpoch;
 use proptest::prelude::*;
 
 use super::*;
-use crate::capture::Source;
+use crate::capture::cut::{Capture, PieceMasks, PieceRead};
+use crate::capture::scan::ScanCapture;
 use crate::capture::tests::{LoopDevice, image, noise, overwrite};
+use crate::capture::{Disk, RestProbe, Source};
 use crate::epoch::{CloseTerms, EpochBook, EpochBounds, EpochSeed};
 use crate::state::{JournalWriter, SourceIdentity, StateDir, VolumeIdentity, VolumeState};
 
@@ -28,6 +30,7 @@ struct Bench {
     gate: Arc<EpochGate>,
     book: EpochBook,
     budget: Budget,
+    pool: SealPool,
     data_key: DataKey,
     replica: Vec<u8>,
 }
@@ -84,28 +87,45 @@ impl Bench {
             book: EpochBook::new(Arc::clone(&gate)),
             gate,
             budget: Budget::new(MemoryTable::new(payload)).expect("payload"),
+            pool: SealPool::new(3, 1).expect("threads"),
             data_key,
             replica,
         }
     }
 
     fn start(&self) -> Pass {
-        Pass::start(PassConfig {
-            disk: Arc::clone(&self.disk),
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build().expect("a runtime");
+        let mut capture = runtime.block_on(async {
+            ScanCapture::new(Arc::clone(&self.disk), Clock::System, std::time::Duration::from_secs(3600))
+        });
+        let cut = runtime.block_on(capture.next()).expect("the first pass is due at once");
+        self.begin_pass(cut.pages)
+    }
+
+    fn begin_pass(&self, pages: Arc<dyn CutPages>) -> Pass {
+        let config = PassConfig {
+            pages,
             hashes: self.state.begin_pass().expect("nothing in flight"),
             hash_key: self.state.identity().hash_key,
             gate: Arc::clone(&self.gate),
             budget: self.budget.clone(),
-            seal_threads: 3,
-            zstd_level: 1,
             volume: "root".to_owned(),
-        })
-        .expect("threads")
+        };
+        Pass::start(&self.pool, config)
     }
 
     /// One pass to its committed point, applied to the replica.
     fn pass(&mut self) -> Passed {
-        let mut pass = self.start();
+        let pass = self.start();
+        self.finish(pass)
+    }
+
+    fn pass_over(&mut self, pages: Arc<dyn CutPages>) -> Passed {
+        let pass = self.begin_pass(pages);
+        self.finish(pass)
+    }
+
+    fn finish(&mut self, mut pass: Pass) -> Passed {
         let (mut records, mut journals, mut closes) = (Vec::new(), BTreeMap::new(), Vec::new());
         let summary = loop {
             match pass.next_blocking().expect("a last word") {
@@ -125,7 +145,7 @@ impl Bench {
         };
         assert!(pass.next_blocking().is_none(), "nothing after the last word");
         let last = self.gate.retire().expect("a salt");
-        let point = Some((last, summary.rest.consistency()));
+        let point = Some((last, summary.consistency.unwrap_or(Consistency::Crash)));
         self.close_ready(&mut journals, &mut closes, point);
         assert_eq!(self.book.open_epochs(), 0, "every epoch of the pass is closed");
         self.apply(&records, &closes);
@@ -148,6 +168,8 @@ impl Bench {
                 cut_time: UnixMillis(0),
                 point: point.and_then(|(last, consistency)| (last == epoch).then_some(consistency)),
                 disk_bytes: identity.disk_bytes,
+                group: GroupId::NIL,
+                group_point: GroupId::NIL,
             };
             let statement = self.book.close(epoch, terms).expect("closable");
             let close = self.data_key.signer(identity.volume).sign(statement.clone());
@@ -209,7 +231,7 @@ fn the_first_pass_makes_the_whole_disk_and_a_second_one_finds_nothing() {
     assert_eq!(passed.summary.bytes_read, bytes.len() as u64);
     assert_eq!(passed.summary.pages_changed, bytes.len().div_ceil(PAGE_BYTES) as u64);
     assert_eq!(passed.summary.zero_pages, 3 * 64);
-    assert_eq!(passed.summary.rest.consistency(), Consistency::Crash, "{}", passed.summary.rest);
+    assert_eq!(passed.summary.consistency, Some(Consistency::Crash), "{}", passed.summary.reason);
     let ranges: Vec<_> = passed.records.iter().filter(|record| record.header().kind == RecordKind::ZeroRange).collect();
     assert_eq!(ranges.len(), 1, "three zero blocks are one record");
     assert_eq!((ranges[0].header().block.0, ranges[0].header().block_count), (1, 3));
@@ -258,7 +280,7 @@ fn a_device_is_replicated_like_a_file() {
     let mut bench = Bench::new(&device.path, EpochBounds::default(), ROOMY);
     let passed = bench.pass();
     assert!(bench.replica == bytes);
-    assert_eq!(passed.summary.rest.consistency(), Consistency::Crash, "{}", passed.summary.rest);
+    assert_eq!(passed.summary.consistency, Some(Consistency::Crash), "{}", passed.summary.reason);
     overwrite(&device.path, bytes.len() as u64 - 512, &[9; 512]);
     let passed = bench.pass();
     assert_eq!(changed_pages(&passed.records), 1);
@@ -321,6 +343,110 @@ fn incompressible_blocks_are_soon_left_uncompressed_and_compressible_ones_found_
     while guess.next() == Compression::Skip {}
     guess.learn(Compression::Try, Codec::Zstd);
     assert_eq!((guess.next(), guess.next()), (Compression::Try, Compression::Try), "worth it again");
+}
+
+/// Some pages that are in memory, charged to the budget.
+struct InMemory {
+    next: Mutex<VecDeque<Piece>>,
+    content: Vec<u8>,
+    comparable: bool,
+    charged: Mutex<BTreeMap<u64, Permit>>,
+}
+
+impl InMemory {
+    fn new(bench: &Bench, blocks: &[(u64, PageMask)], content: Vec<u8>, comparable: bool, charge: bool) -> Arc<Self> {
+        let (mut next, mut charged) = (VecDeque::new(), BTreeMap::new());
+        for (block, mask) in blocks {
+            let mut masks = PieceMasks::default();
+            masks[0] = *mask;
+            next.push_back(Piece { first: BlockIndex(*block), masks });
+            if charge {
+                let bytes = u64::from(mask.count()) * PAGE_BYTES as u64 + 256;
+                charged.insert(*block, bench.budget.try_acquire(bytes).expect("room"));
+            }
+        }
+        Arc::new(Self { next: Mutex::new(next), content, comparable, charged: Mutex::new(charged) })
+    }
+}
+
+impl CutPages for InMemory {
+    fn next(&self) -> Option<Piece> {
+        self.next.lock().expect("sound").pop_front()
+    }
+
+    fn read(&self, piece: &Piece, buffer: &mut [u8]) -> Result<PieceRead, CaptureError> {
+        let start = piece.first.0 as usize * BLOCK_BYTES;
+        for page in piece.masks[0].iter() {
+            let (at, from) = (page as usize * PAGE_BYTES, start + page as usize * PAGE_BYTES);
+            let end = self.content.len().min(from + PAGE_BYTES);
+            buffer[at..at + PAGE_BYTES].fill(0);
+            buffer[at..at + end - from].copy_from_slice(&self.content[from..end]);
+        }
+        let mut permits: [Option<Permit>; 4] = Default::default();
+        permits[0] = self.charged.lock().expect("sound").remove(&piece.first.0);
+        let comparable = if self.comparable { piece.masks } else { PieceMasks::default() };
+        Ok(PieceRead { masks: piece.masks, comparable, source_bytes: 0, permits })
+    }
+
+    fn pages(&self) -> u64 {
+        0
+    }
+}
+
+#[test]
+fn pages_of_a_set_travel_whatever_is_known_of_them_unless_they_may_be_compared() {
+    let bytes = noise(6, 6 * BLOCK_BYTES + 10);
+    let path = image(&bytes);
+    let mut bench = Bench::new(&path, EpochBounds::default(), ROOMY);
+    bench.pass();
+    let mut changed = bytes.clone();
+    changed[2 * BLOCK_BYTES..2 * BLOCK_BYTES + PAGE_BYTES].fill(7);
+    let blocks = [(2, PageMask(0b11)), (4, PageMask(1)), (6, PageMask(1))];
+    let compared = bench.pass_over(InMemory::new(&bench, &blocks, changed.clone(), true, false));
+    assert_eq!(changed_pages(&compared.records), 1, "only what differs");
+    let sent = bench.pass_over(InMemory::new(&bench, &blocks, changed.clone(), false, false));
+    assert_eq!(changed_pages(&sent.records), 4);
+    assert!(bench.replica == changed);
+}
+
+#[test]
+fn zero_pages_of_a_set_join_to_runs_only_where_their_blocks_adjoin_and_are_whole() {
+    let path = image(&noise(7, 9 * BLOCK_BYTES));
+    let mut bench = Bench::new(&path, EpochBounds::default(), ROOMY);
+    let zeros = vec![0; 9 * BLOCK_BYTES];
+    let blocks = [(1, PageMask::FULL), (2, PageMask::FULL), (4, PageMask::FULL), (5, PageMask(1))];
+    let passed = bench.pass_over(InMemory::new(&bench, &blocks, zeros, false, false));
+    let mut found: Vec<_> = passed
+        .records
+        .iter()
+        .map(|record| (record.header().block.0, record.header().block_count, record.header().zero_mask))
+        .collect();
+    found.sort_unstable_by_key(|(block, ..)| *block);
+    assert_eq!(found, [(1, 2, PageMask::FULL), (4, 1, PageMask::FULL), (5, 1, PageMask(1))]);
+}
+
+#[test]
+fn what_was_charged_for_pages_in_memory_pays_for_their_records_though_the_budget_is_full() {
+    let bytes = noise(8, 4 * BLOCK_BYTES);
+    let path = image(&bytes);
+    let mut bench = Bench::new(&path, EpochBounds::default(), 4 * (BLOCK_BYTES as u64 + 256));
+    let blocks: Vec<_> = (0..4).map(|block| (block, PageMask::FULL)).collect();
+    let pages = InMemory::new(&bench, &blocks, bytes.clone(), false, true);
+    assert!(bench.budget.try_acquire(1).is_none(), "nothing is left");
+    bench.pass_over(pages);
+    assert!(bench.replica == bytes);
+}
+
+#[test]
+fn a_volume_whose_agent_takes_nothing_does_not_hold_up_another() {
+    let (busy_path, quiet_path) = (image(&noise(9, 400 * BLOCK_BYTES)), image(&noise(10, 3 * BLOCK_BYTES)));
+    let busy = Bench::new(&busy_path, EpochBounds::default(), 1 << 30);
+    let mut quiet = Bench::new(&quiet_path, EpochBounds::default(), ROOMY);
+    quiet.pool = busy.pool.clone();
+    let stuck = busy.start();
+    let passed = quiet.pass();
+    assert_eq!(passed.records.len(), 3);
+    assert!(stuck.progress().bytes_read() < 400 * BLOCK_BYTES as u64, "it waits for its agent");
 }
 
 /// A disk whose reads fail from some offset on, or whose readers die there.

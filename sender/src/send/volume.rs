@@ -116,6 +116,20 @@ impl VolumeSender {
         }
     }
 
+    /// Waits until a record may be offered, or the session has ended. Safe to cancel.
+    pub async fn room(&self) {
+        let shared = &*self.shared;
+        loop {
+            let room = shared.room.notified();
+            tokio::pin!(room);
+            room.as_mut().enable();
+            if shared.has_ended() || shared.lock().wants_records() {
+                return;
+            }
+            room.await;
+        }
+    }
+
     /// As [`Self::send_record`], for threads outside the runtime: never waits; what is outstanding is bounded by the permits
     /// alone then.
     ///

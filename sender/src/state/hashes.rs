@@ -7,7 +7,7 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use common::format::state::{
     HASH_ENTRY_BYTES, HASHES_ENTRIES_OFFSET, HASHES_SLOT_BYTES, HASHES_SLOTS, HashChange, HashEntry, HashesHeader,
@@ -28,6 +28,8 @@ pub struct HashReader {
     file: Arc<File>,
     path: Arc<PathBuf>,
     blocks: u64,
+    /// Taken for writing while an entry is changed, so that nobody reads half of it.
+    changing: Arc<RwLock<()>>,
 }
 
 impl HashReader {
@@ -40,9 +42,11 @@ impl HashReader {
         entries.clear();
         let count = usize::try_from(self.blocks.saturating_sub(first.0)).unwrap_or(usize::MAX).min(count);
         let mut bytes = vec![0; count * HASH_ENTRY_BYTES];
+        let steady = self.changing.read().unwrap_or_else(PoisonError::into_inner);
         self.file
             .read_exact_at(&mut bytes, HashEntry::offset(first))
             .map_err(|error| StateError::io("read", &self.path, error))?;
+        drop(steady);
         for (block, entry) in (first.0..).zip(bytes.as_chunks::<HASH_ENTRY_BYTES>().0) {
             entries.push(decode(&self.path, BlockIndex(block), entry));
         }
@@ -65,6 +69,7 @@ pub(super) struct Hashes {
     path: Arc<PathBuf>,
     header: HashesHeader,
     geometry: Geometry,
+    changing: Arc<RwLock<()>>,
 }
 
 impl Hashes {
@@ -123,11 +128,22 @@ impl Hashes {
         foreign("hash key", check(identity.hash_key_check()), check(header.hash_key_check))?;
         let length = file.metadata().map_err(|error| StateError::io("stat", path, error))?.len();
         foreign("file length", file_bytes(identity.geometry()).to_string(), length.to_string())?;
-        Ok(Self { file: Arc::new(file), path: Arc::new(path.to_owned()), header, geometry: identity.geometry() })
+        Ok(Self {
+            file: Arc::new(file),
+            path: Arc::new(path.to_owned()),
+            header,
+            geometry: identity.geometry(),
+            changing: Arc::default(),
+        })
     }
 
     pub(super) fn reader(&self) -> HashReader {
-        HashReader { file: Arc::clone(&self.file), path: Arc::clone(&self.path), blocks: self.geometry.blocks() }
+        HashReader {
+            file: Arc::clone(&self.file),
+            path: Arc::clone(&self.path),
+            blocks: self.geometry.blocks(),
+            changing: Arc::clone(&self.changing),
+        }
     }
 
     /// The newest close whose changes are all in.
@@ -149,6 +165,7 @@ impl Hashes {
                 found: (first.0 + u64::from(count) - 1).to_string(),
             });
         }
+        let _changing = self.changing.write().unwrap_or_else(PoisonError::into_inner);
         match change {
             HashChange::Pages { block, mask, hashes } => self.apply_pages(*block, mask.iter(), hashes),
             HashChange::ZeroBlocks { first, count } => self.apply_zero_blocks(first.0..first.0 + u64::from(*count)),

@@ -227,6 +227,19 @@ impl VolumeState {
         self.apply_committed().map(drop)
     }
 
+    /// The state of the volume that is called `name`; `None` where there is none.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn find(state: &StateDir, name: &str) -> Result<Option<Self>, StateError> {
+        for volume in state.volumes()? {
+            if read_identity(&state.volume_path(volume).join("volume"), volume)?.name == name {
+                return Self::open(state, volume).map(Some);
+            }
+        }
+        Ok(None)
+    }
+
     /// The volume's identity.
     #[must_use]
     pub fn identity(&self) -> &VolumeIdentity {
@@ -272,6 +285,13 @@ impl VolumeState {
             return Err(StateError::InFlight { count: self.journaled.len() });
         }
         Ok(self.hashes.reader())
+    }
+
+    /// The hashes of what is committed, also while closes are in flight. Whoever compares with them must leave out the pages
+    /// that those closes hold: they are about to change.
+    #[must_use]
+    pub fn committed_hashes(&self) -> HashReader {
+        self.hashes.reader()
     }
 
     /// Begins the journal of a new epoch.
