@@ -84,6 +84,14 @@ pub enum CaptureError {
         /// Cause.
         source: io::Error,
     },
+    /// Nobody can connect.
+    #[error("cannot listen on {address}: {source}; correct listen= of the volume")]
+    Listen {
+        /// The address.
+        address: String,
+        /// Cause.
+        source: io::Error,
+    },
     /// The system refused something else.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {

@@ -11,6 +11,7 @@ pub mod cut;
 mod error;
 pub mod group;
 pub mod hooks;
+pub mod nbd;
 pub mod rest;
 pub mod scan;
 mod source;
