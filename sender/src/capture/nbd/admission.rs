@@ -498,7 +498,7 @@ impl Admission {
 
     /// Bytes that are in no cut yet.
     pub(super) fn backlog_bytes(&self) -> u64 {
-        self.open_bytes + self.backfill.bytes()
+        self.open_bytes + self.zero.bytes() + self.backfill.bytes()
     }
 
     /// Times that contents were dropped.

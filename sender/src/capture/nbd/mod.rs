@@ -379,7 +379,7 @@ impl Capture for NbdCapture {
         } else {
             String::new()
         };
-        CaptureStatus { state, backlog_bytes, overloads, warning }
+        CaptureStatus { state, backlog_bytes, tracks: true, overloads, warning }
     }
 }
 
