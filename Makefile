@@ -13,8 +13,8 @@ BIN_DIR := $(CARGO_TARGET_DIR)/release
 export BLOCKFERRY_BIN_DIR := $(BIN_DIR)
 
 # What the build, the tests and the demo need from Debian: `command:package`, or a file and its package.
-PACKAGES := build-essential clang libclang-dev cmake pkg-config e2fsprogs util-linux mount fuse3 python3 python3-venv \
-	prometheus procps ca-certificates \
+PACKAGES := build-essential clang libclang-dev libbpf-dev libelf-dev zlib1g-dev cmake pkg-config \
+	e2fsprogs util-linux mount fuse3 python3 python3-venv prometheus procps ca-certificates \
 	fio libnbd-bin nbdkit qemu-utils qemu-system-common postgresql xfsprogs btrfs-progs
 BENCH_PACKAGES := restic rsync zstd
 CARGO_DENY_VERSION := 0.20.2

@@ -191,6 +191,20 @@ impl PageSet {
         None
     }
 
+    /// The first block at or after `block` that is not known to be in the set with all its pages. Costs nothing: it looks at
+    /// `block`'s group alone, so the block found may be whole too.
+    #[must_use]
+    pub fn whole_until(&self, block: BlockIndex) -> BlockIndex {
+        let (number, _) = place(block);
+        match self.groups.get(&number) {
+            Some(Group::Full) => BlockIndex(((number + 1) * GROUP_BLOCKS as u64).min(self.geometry.blocks())),
+            _ if !self.mask(block).is_empty() && self.mask(block) == self.geometry.pages_of(block) => {
+                BlockIndex(block.0 + 1)
+            }
+            _ => block,
+        }
+    }
+
     /// Blocks that have pages in the set, ascending, with those pages.
     pub fn iter(&self) -> impl Iterator<Item = (BlockIndex, PageMask)> {
         let mut from = Some(BlockIndex(0));

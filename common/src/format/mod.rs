@@ -14,6 +14,7 @@ pub mod close;
 pub mod envelope;
 pub mod frame;
 pub mod log;
+pub mod page_set;
 pub mod record;
 pub mod segment;
 pub mod stage_key;

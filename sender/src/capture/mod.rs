@@ -8,6 +8,7 @@
 //! Never: writes to the disk, stalls a writer, or claims a consistency that it can't prove.
 
 pub mod cut;
+pub mod ebpf;
 mod error;
 pub mod group;
 pub mod hooks;

@@ -311,7 +311,7 @@ fn geometry(path: &Path, bytes: u64) -> Result<Geometry, CaptureError> {
 }
 
 /// What names a device across reboots, as far as the kernel knows it; empty where it does not.
-fn serial(sysfs: &Path) -> String {
+pub(super) fn serial(sysfs: &Path) -> String {
     let read = |path: PathBuf| {
         let text = std::fs::read_to_string(path).ok()?;
         let text: String = text.trim().chars().filter(|character| !character.is_control()).take(60).collect();
