@@ -233,6 +233,10 @@ impl RunConfig {
             .with("scan and seal threads", crate::seal_pool::memory_bytes(seal_threads))
             .with("QUIC send window", send_window)
             .with("QUIC receive window", 1 << 20);
+        let memory = match volumes.iter().any(|volume| volume.capture == CaptureMode::Nbd) {
+            true => memory.with("nbd requests and threads", crate::capture::nbd::memory_bytes()),
+            false => memory,
+        };
         Budget::new(memory.clone())?;
         let most = ByteCount(limits::EPOCH_SEALED_BYTES_MAX);
         let epoch = args.epoch_size.or(file.epoch_size).unwrap_or(most);

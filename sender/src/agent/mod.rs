@@ -33,6 +33,7 @@ use tokio::task::JoinSet;
 
 use crate::capture::CaptureError;
 use crate::capture::cut::{Capture, CaptureStatus, CutId, NextCut, PointWish};
+use crate::capture::hooks::HookError;
 use crate::config::RunConfig;
 use crate::control::{self as commands, Board, Handle};
 use crate::epoch::EpochError;
@@ -186,6 +187,9 @@ pub enum AgentError {
     /// No randomness.
     #[error(transparent)]
     Rng(#[from] RngError),
+    /// The hooks.
+    #[error(transparent)]
+    Hooks(HookError),
     /// The control socket.
     #[error(transparent)]
     Commands(#[from] commands::server::ServeError),
@@ -293,7 +297,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
 
     // Sources first: nothing is made in the store for a disk that can't be read. And captures of volumes that are known
     // here, before any receiver is asked: tracking begins, and a disk is served, whether or not one can be reached.
-    let captures = Captures { config: &config, budget: &budget, clock: &clock };
+    let captures = Captures::start(&config, &budget, &clock, &events).await?;
     let mut volumes = Vec::new();
     for spec in &config.volumes {
         let local = prepare::local(&state, spec)?;
@@ -345,7 +349,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
             status.disk_bytes = identity.disk_bytes;
         });
         reach.insert(name.clone(), Reach { volume: identity.volume, capture: mode, orders: order });
-        let agent = VolumeAgent::new(Arc::clone(&shared), name, prepared, capture, ordered)?;
+        let agent = VolumeAgent::new(Arc::clone(&shared), name, mode, prepared, capture, ordered)?;
         tasks.spawn(agent.run());
     }
     let serving = tokio::spawn(orders::serve(Arc::clone(&shared), Arc::clone(&state), reach, requests));

@@ -30,11 +30,12 @@ use super::cuts::{Cuts, Point, PointRequest, UnderWay};
 use super::prepare::Prepared;
 use super::rpo::Rpo;
 use super::{AgentError, ONCE_PATIENCE, Shared};
-use crate::capture::cut::{Asserts, Capture, CaptureState, Cut};
+use crate::capture::cut::{Asserts, Capture, CaptureState, Cut, PointWish};
 use crate::epoch::{CloseTerms, EpochBook, EpochBounds, EpochGate, EpochSeed};
 use crate::events::EventKind;
 use crate::seal_pool::{Pass, PassConfig, PassOutput, PassSummary, SealedRecord};
 use crate::send::{Sent, VolumeEvents, VolumeSender};
+use crate::spec::CaptureMode;
 use crate::state::{JournalWriter, StateError, VolumeState};
 
 /// Record bytes that one session may hold beyond the receiver's acknowledgement; the budget's permits bound it too.
@@ -68,7 +69,8 @@ pub enum Order {
 /// A cut that is being sealed.
 struct Running {
     pass: Pass,
-    progress: Progress,
+    /// Bytes of it that progress has counted.
+    counted: u64,
     /// Sealed, and not taken by the session yet.
     pending: Option<SealedRecord>,
 }
@@ -109,6 +111,10 @@ pub(super) struct VolumeAgent {
     cuts: Cuts,
     rpo: Rpo,
     newest_point: Option<Point>,
+    /// The bar of a first replication, a verification, or a scan.
+    progress: Option<Progress>,
+    /// When the next point with hooks is due, where the agent sees to that.
+    next_app_point: Option<Instant>,
     capture_state: CaptureState,
     records_resent: u64,
     sent_before: Sent,
@@ -125,6 +131,7 @@ impl VolumeAgent {
     pub(super) fn new(
         shared: Arc<Shared>,
         name: String,
+        mode: CaptureMode,
         prepared: Prepared,
         capture: Box<dyn Capture>,
         orders: mpsc::Receiver<Order>,
@@ -154,6 +161,10 @@ impl VolumeAgent {
         let gate = Arc::new(EpochGate::new(seed, bounds));
         let sent_before = sender.sent();
         let rpo = Rpo::of(&shared.points, &name);
+        // A live capture decides itself when to let hooks run; an exported disk is cut every second without.
+        let app_points =
+            shared.config.app_points.0.filter(|_| mode == CaptureMode::Nbd && shared.config.hook_dir.is_some());
+        let next_app_point = app_points.map(|interval| Instant::now() + interval);
         Ok(Self {
             shared,
             name,
@@ -170,6 +181,8 @@ impl VolumeAgent {
             cuts: Cuts::default(),
             rpo,
             newest_point: None,
+            progress: None,
+            next_app_point,
             capture_state: CaptureState::default(),
             records_resent: 0,
             sent_before,
@@ -211,7 +224,7 @@ impl VolumeAgent {
                 Step::Room => self.send_pending()?,
                 Step::Output(output) => self.take(output)?,
                 Step::Cut(cut) => self.begin(cut),
-                Step::Tick => Next::Go,
+                Step::Tick => self.tick(),
             };
             self.publish();
             if !matches!(next, Next::Go) {
@@ -219,6 +232,17 @@ impl VolumeAgent {
             }
             self.check_patience()?;
         }
+    }
+
+    /// Asks for a point with hooks where one is due.
+    fn tick(&mut self) -> Next {
+        if let (Some(due), Some(interval)) = (self.next_app_point, self.shared.config.app_points.0)
+            && due <= Instant::now()
+        {
+            self.next_app_point = Some(Instant::now() + interval);
+            self.capture.want_point(PointWish { consistency: Consistency::Application, group: None });
+        }
+        Next::Go
     }
 
     /// Waits for the next thing to happen. Nothing is lost with what is not chosen.
@@ -370,14 +394,12 @@ impl VolumeAgent {
     /// Begins to seal a cut.
     fn begin(&mut self, cut: Cut) -> Next {
         self.cuts.begin(&cut);
-        let pages = cut.pages.pages();
-        let progress = match (cut.asserts, self.capture.status().state) {
-            // What goes on for ever has no bar.
-            (Asserts::AtEnd, _) | (_, CaptureState::First | CaptureState::Verifying) => {
-                Progress::bytes(&self.name, Some(pages * limits::PAGE_BYTES as u64))
-            }
-            _ => Progress::hidden(),
-        };
+        let (bytes, standing) = (cut.pages.pages() * limits::PAGE_BYTES as u64, self.capture.status());
+        // What goes on for ever has no bar.
+        let long = matches!(standing.state, CaptureState::First | CaptureState::Verifying);
+        if self.progress.is_none() && (long || cut.asserts == Asserts::AtEnd) {
+            self.progress = Some(Progress::bytes(&self.name, Some(bytes + standing.backlog_bytes)));
+        }
         let pass = Pass::start(
             &self.shared.pool,
             PassConfig {
@@ -389,7 +411,7 @@ impl VolumeAgent {
                 volume: self.name.clone(),
             },
         );
-        self.running = Some(Running { pass, progress, pending: None });
+        self.running = Some(Running { pass, counted: 0, pending: None });
         Next::Go
     }
 
@@ -417,11 +439,19 @@ impl VolumeAgent {
         })?;
         self.book.record(epoch, sealed.meta);
         if let Some(running) = &mut self.running {
-            let done = running.pass.progress().bytes_done();
-            running.progress.advance(done.saturating_sub(running.progress.done()));
             running.pending = Some(sealed);
         }
+        self.advance();
         Ok(())
+    }
+
+    /// Moves the bar on, where there is one.
+    fn advance(&mut self) {
+        if let (Some(running), Some(progress)) = (&mut self.running, &self.progress) {
+            let done = running.pass.progress().bytes_done();
+            progress.advance(done - running.counted);
+            running.counted = done;
+        }
     }
 
     fn send_pending(&mut self) -> Result<Next, AgentError> {
@@ -446,11 +476,8 @@ impl VolumeAgent {
 
     /// A cut is sealed as a whole: closes its last epoch.
     fn sealed(&mut self, summary: PassSummary) -> Result<Next, AgentError> {
-        if let Some(running) = self.running.take() {
-            let done = running.pass.progress().bytes_done();
-            running.progress.advance(done.saturating_sub(running.progress.done()));
-            running.progress.finish();
-        }
+        self.advance();
+        self.running = None;
         self.cuts.tally.bytes_read += summary.bytes_read;
         self.cuts.tally.bytes_changed += summary.pages_changed * limits::PAGE_BYTES as u64;
         let now = self.shared.clock.now();
@@ -459,6 +486,9 @@ impl VolumeAgent {
             Asserts::Nothing => None,
             Asserts::Point(consistency) => Some(consistency),
             Asserts::AtEnd => {
+                if let Some(progress) = self.progress.take() {
+                    progress.finish();
+                }
                 // The cut of a disk that is read as it is, is where the reading ended.
                 cut.time = now;
                 summary.consistency
@@ -575,22 +605,14 @@ impl VolumeAgent {
     /// Says how it stands, to status, metrics and log.
     fn publish(&mut self) {
         let capture = self.capture.status();
-        let before = std::mem::replace(&mut self.capture_state, capture.state);
-        if before != capture.state {
-            let event = match (before, capture.state) {
-                (_, CaptureState::Overloaded) => Some((EventKind::Overload, "changes come faster than they can leave")),
-                (_, CaptureState::Verifying) => Some((EventKind::Verifying, "the disk is compared with known hashes")),
-                (CaptureState::Verifying, CaptureState::Following) => {
-                    Some((EventKind::Verified, "the disk was compared with known hashes"))
-                }
-                (CaptureState::Overloaded | CaptureState::CatchingUp, CaptureState::Following) => {
-                    Some((EventKind::CaughtUp, "what gathered under overload is captured"))
-                }
-                _ => None,
-            };
-            if let Some((kind, text)) = event {
-                self.shared.events.note(&self.name, kind, text);
-            }
+        if capture.state != self.capture_state {
+            tracing::debug!(volume = %self.name, from = self.capture_state.as_str(), to = capture.state.as_str(), "capture");
+            self.capture_state = capture.state;
+        }
+        if !matches!(capture.state, CaptureState::First | CaptureState::Verifying)
+            && let Some(progress) = self.progress.take()
+        {
+            progress.finish();
         }
         let outstanding = !self.cuts.is_empty() || self.running.is_some() || capture.backlog_bytes > 0;
         self.rpo.outstanding(outstanding || !capture.tracks, self.shared.clock.now());

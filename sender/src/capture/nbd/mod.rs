@@ -32,7 +32,7 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -83,6 +83,20 @@ pub enum Known {
     Hashes,
     /// The disk may have been written without us: every page is compared.
     Void,
+}
+
+/// Removes the write-intent log of a volume that is captured in another way from now on: it says nothing any more.
+///
+/// # Errors
+/// [`CaptureError`] where it stays.
+pub fn forget(state_dir: &Path) -> Result<(), CaptureError> {
+    let path = state_dir.join(INTENT_FILE);
+    match std::fs::remove_file(&path) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(CaptureError::io("remove the write-intent log", &path, error))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// What an export is made of.
