@@ -3,6 +3,7 @@
 use clap::Parser;
 use common::ops::exit::{self, ExitCode};
 use sender::agent;
+use sender::capture::freeze::watchdog;
 use sender::cli::{Cli, Command, ConfigCommand};
 use sender::config::{ConfigError, FileConfig, RunConfig};
 use sender::control::args::StateArgs;
@@ -40,6 +41,10 @@ impl Error {
 }
 
 fn main() -> std::process::ExitCode {
+    // Started by a sender that is about to freeze file systems: no command line to parse, nothing to log, no runtime.
+    if std::env::args_os().nth(1).is_some_and(|first| first == watchdog::SUBCOMMAND) {
+        return watchdog::serve().into();
+    }
     // clap prints help and usage errors itself, and exits with 0 or 2.
     let cli = Cli::parse();
     common::ops::panic_guard::install();

@@ -92,6 +92,20 @@ pub enum CaptureError {
         /// Cause.
         source: io::Error,
     },
+    /// Changed pages could not be tracked.
+    #[error("{}: changes can't be tracked: {source}", path.display())]
+    Tracking {
+        /// Path of the source.
+        path: PathBuf,
+        /// Cause.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// A page that belongs to a cut was not kept. This is a bug.
+    #[error("page {page} of a cut was not read; this is a bug of blockferry-sender")]
+    Missed {
+        /// Number of the page.
+        page: u64,
+    },
     /// The system refused something else.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {
@@ -118,7 +132,8 @@ impl CaptureError {
 impl Dispose for CaptureError {
     fn disposition(&self) -> Disposition {
         match self {
-            Self::Read { .. } | Self::Io { .. } => Disposition::Retry,
+            Self::Read { .. } | Self::Io { .. } | Self::Tracking { .. } => Disposition::Retry,
+            Self::Missed { .. } => Disposition::Bug,
             _ => Disposition::BadInput,
         }
     }

@@ -11,6 +11,7 @@ use common::ids::GroupId;
 
 #[derive(Debug, Default)]
 struct Arrivals {
+    gathered: usize,
     arrived: usize,
     broken: bool,
 }
@@ -38,6 +39,28 @@ impl GroupCut {
     pub fn new(group: GroupId, point: GroupId, parties: usize) -> Self {
         let shared = Shared { parties, arrivals: Mutex::default(), changed: Condvar::new() };
         Self { group, point, shared: Arc::new(shared) }
+    }
+
+    /// Called by captures that can rest only for a moment, before they bring their disk to rest: waits until the others are
+    /// about to, or have arrived. False as for [`Self::arrive`].
+    #[must_use]
+    pub fn gather(&self, patience: Duration) -> bool {
+        let deadline = Instant::now() + patience;
+        let mut arrivals = self.shared.arrivals.lock().unwrap_or_else(PoisonError::into_inner);
+        arrivals.gathered += 1;
+        self.shared.changed.notify_all();
+        while arrivals.gathered + arrivals.arrived < self.shared.parties && !arrivals.broken {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                arrivals.broken = true;
+                break;
+            }
+            arrivals = self.shared.changed.wait_timeout(arrivals, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let together = !arrivals.broken;
+        drop(arrivals);
+        self.shared.changed.notify_all();
+        together
     }
 
     /// Called with the disk at rest: waits for the others. True where all disks rest now; they may be cut, and let go after.
@@ -91,6 +114,21 @@ mod tests {
             })
             .collect();
         assert!(threads.into_iter().all(|thread| thread.join().expect("no panic")));
+    }
+
+    #[test]
+    fn those_that_rest_only_for_a_moment_gather_first_and_those_that_hold_writers_back_need_not() {
+        let group = group(3);
+        let moments: Vec<_> = (0..2)
+            .map(|_| {
+                let group = group.clone();
+                std::thread::spawn(move || {
+                    group.gather(Duration::from_secs(60)) && group.arrive(Duration::from_secs(60))
+                })
+            })
+            .collect();
+        assert!(group.arrive(Duration::from_secs(60)));
+        assert!(moments.into_iter().all(|thread| thread.join().expect("no panic")));
     }
 
     #[test]

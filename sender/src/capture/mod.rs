@@ -10,8 +10,10 @@
 pub mod cut;
 pub mod ebpf;
 mod error;
+pub mod freeze;
 pub mod group;
 pub mod hooks;
+pub mod live;
 pub mod nbd;
 pub mod rest;
 pub mod scan;
