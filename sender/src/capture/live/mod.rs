@@ -23,12 +23,9 @@
 //! Never: writes to the device; freezes without a watchdog.
 
 use std::collections::VecDeque;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use common::budget::Budget;
-use common::clock::Clock;
 use common::format::close::Consistency;
 use common::ids::{BlockIndex, Geometry};
 use common::limits::PAGE_BYTES;
@@ -37,13 +34,15 @@ use tokio::task::{JoinHandle, block_in_place};
 use tokio::time::Instant;
 
 use super::cut::{Asserts, Capture, CaptureState, CaptureStatus, Cut, CutId, CutPages, NextCut, PointWish};
-use super::freeze::watchdog::WatchdogCommand;
 use super::freeze::{Prepared, mounts};
-use super::hooks::{HookContext, Hooks, Session};
+use super::hooks::HookContext;
 use super::{CaptureError, Disk};
-use crate::events::{EventKind, Events};
+use crate::events::EventKind;
 
+mod attempt;
+mod config;
 mod copy;
+mod ebpf;
 mod frozen;
 mod pages;
 mod tracker;
@@ -51,6 +50,9 @@ mod tracker;
 #[cfg(test)]
 mod tests;
 
+use attempt::{Attempt, Holding};
+pub use config::{LiveConfig, Start};
+pub use ebpf::{Attached, EbpfTracker};
 use frozen::{FreezeTimes, FrozenCut, Taken};
 use pages::{DiskPages, Pieces, ReadSpeed, StillQuiet};
 pub use tracker::{ChangeTracker, SavedSet};
@@ -72,44 +74,6 @@ const OVERLOAD_PAUSE: Duration = Duration::from_secs(1);
 /// How long a disk waits for others that are cut at the same instant.
 const GATHER_PATIENCE: Duration = Duration::from_secs(20);
 
-/// What is known of the disk when a capture begins.
-#[derive(Debug, Clone)]
-pub enum Start {
-    /// Nothing: all pages are read and sent.
-    First,
-    /// Hashes, but not what changed since: all pages are read, those that differ are sent.
-    Verify,
-    /// All but these pages is committed, as after a restart of the sender.
-    Pages(PageSet),
-}
-
-/// What a live capture works with.
-#[derive(Debug, Clone)]
-pub struct LiveConfig {
-    /// Name of the volume.
-    pub name: String,
-    /// Its block device.
-    pub path: PathBuf,
-    /// Time from one point to the next.
-    pub point_interval: Duration,
-    /// Time from one point with hooks to the next; `None` for only those that somebody asks for.
-    pub app_point_interval: Option<Duration>,
-    /// Longest freeze.
-    pub freeze_limit: Duration,
-    /// Hooks that bring an application to rest.
-    pub hooks: Option<Hooks>,
-    /// How the watchdog is started.
-    pub watchdog: WatchdogCommand,
-    /// Memory of the process.
-    pub budget: Budget,
-    /// Wall time.
-    pub clock: Clock,
-    /// Where people look.
-    pub events: Events,
-    /// What is known of the disk.
-    pub start: Start,
-}
-
 /// A cut that was handed out and is not committed.
 struct Handed {
     id: CutId,
@@ -117,35 +81,6 @@ struct Handed {
     /// The newest set whose pages are all in this cut or an earlier one.
     covers: Option<u64>,
     point: bool,
-}
-
-/// Hooks of an attempt.
-enum Holding {
-    /// Not begun.
-    No,
-    /// The `pre` hooks run.
-    Starting(JoinHandle<Session>),
-    /// The application rests, or not: [`Session::problem`].
-    Held(Session),
-    /// They failed, or were given up: the point is made without them.
-    Failed,
-}
-
-/// On the way to a point.
-struct Attempt {
-    rounds: u32,
-    held_rounds: u32,
-    failures: u32,
-    /// Whether hooks are to run.
-    application: bool,
-    holding: Holding,
-    gathering: Option<(JoinHandle<bool>, Prepared, u64)>,
-    /// Why the point is weaker than what was asked for.
-    weaker: Vec<String>,
-    /// Who writes the device without a file system.
-    raw: Vec<String>,
-    /// Names it for hooks.
-    name: String,
 }
 
 /// What to do next.
@@ -625,22 +560,6 @@ impl<T: ChangeTracker> LiveCapture<T> {
     }
 }
 
-impl Attempt {
-    fn wants_hooks(&self) -> bool {
-        self.application && matches!(self.holding, Holding::No)
-    }
-
-    /// What a point of a freeze that held is.
-    fn consistency(&self) -> Consistency {
-        match &self.holding {
-            // What writes past the file systems is not frozen. It did not write meanwhile, so it is as after a power cut.
-            _ if !self.raw.is_empty() => Consistency::Crash,
-            Holding::Held(_) => Consistency::Application,
-            _ => Consistency::Filesystem,
-        }
-    }
-}
-
 impl<T: ChangeTracker> Capture for LiveCapture<T> {
     fn geometry(&self) -> Geometry {
         self.geometry
@@ -700,9 +619,14 @@ impl<T: ChangeTracker> Capture for LiveCapture<T> {
         CaptureStatus {
             state: self.state,
             backlog_bytes: self.pending.bytes() + dirty * PAGE_BYTES as u64,
+            tracks: true,
             overloads: self.overloads,
             warning: self.warning.clone(),
         }
+    }
+
+    fn detach(self: Box<Self>) -> Result<(), CaptureError> {
+        self.tracker().detach()
     }
 }
 

@@ -3,20 +3,23 @@
 
 use std::io::Read;
 use std::os::unix::fs::{FileExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use common::budget::MemoryTable;
+use common::budget::{Budget, MemoryTable};
+use common::clock::Clock;
 use common::ids::{GroupId, PageMask};
 use common::limits::{BLOCK_BYTES, PAGES_PER_BLOCK};
 
 use super::*;
 use crate::capture::freeze::tests::{MountedDisk, run, watchdog};
 use crate::capture::group::GroupCut;
+use crate::capture::hooks::Hooks;
 use crate::capture::scan::{CHUNK_BLOCKS, CHUNK_BYTES};
 use crate::capture::tests::{LoopDevice, image, noise, overwrite};
 use crate::capture::{PageBuffer, Source};
+use crate::events::Events;
 
 /// Long enough for a tracker that reads the whole device in every freeze.
 const LIMIT: Duration = Duration::from_secs(30);
@@ -164,6 +167,10 @@ impl ChangeTracker for Comparing {
             *seen = (now, seen.1 + 1);
         }
         Ok(seen.1)
+    }
+
+    fn detach(&mut self) -> Result<(), CaptureError> {
+        Ok(())
     }
 }
 

@@ -62,4 +62,10 @@ pub trait ChangeTracker: Send + 'static {
     /// # Errors
     /// [`CaptureError`].
     fn marks(&self) -> Result<u64, CaptureError>;
+
+    /// Ends tracking, and removes what it left outside of the process. Only dropping it makes sense afterwards.
+    ///
+    /// # Errors
+    /// [`CaptureError`], naming what could not be removed.
+    fn detach(&mut self) -> Result<(), CaptureError>;
 }
