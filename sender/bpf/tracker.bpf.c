@@ -87,7 +87,7 @@ struct place {
 };
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 65536);
+	__uint(max_entries, 16384); /* 2 MiB; more are on their way only where something is badly wrong */
 	__type(key, __u64);
 	__type(value, struct place);
 } bios SEC(".maps");

@@ -113,6 +113,12 @@ impl Buffer {
             .for_each(|word| word.store(0, Ordering::Release));
     }
 
+    /// Marks everything, as the programs do where the pages can't be known.
+    #[cfg(test)]
+    pub(super) fn mark_everything(&self) {
+        self.parts().2.fetch_or(FLAG_EVERYTHING, Ordering::AcqRel);
+    }
+
     /// Takes back that everything is marked, for the time before anybody has read anything.
     pub(super) fn unmark_everything(&self) {
         self.parts().2.fetch_and(!FLAG_EVERYTHING, Ordering::AcqRel);

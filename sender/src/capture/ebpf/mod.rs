@@ -92,7 +92,7 @@ pub struct Tracker {
 }
 
 /// Memory that tracking a disk takes in the kernel, charged to the control group of the process that attached first, in bytes:
-/// two buffers.
+/// two buffers. A device that takes bios needs up to 2 MiB more, for those that are on their way.
 #[must_use]
 pub fn memory_bytes(geometry: Geometry) -> u64 {
     Layout::of(geometry).map_or(0, |layout| 2 * layout.bytes() as u64)

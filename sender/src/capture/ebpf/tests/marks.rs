@@ -213,6 +213,22 @@ fn that_nothing_was_written_since_a_moment_can_be_proven() {
 }
 
 #[test]
+fn what_can_not_be_known_makes_the_whole_disk_dirty_once() {
+    let disk = Disk::new(16 * MIB + 512 * 5);
+    let mut tracker = disk.tracked();
+    tracker.generation.buffers().expect("known").0.mark_everything();
+    let all = PageSet::full(tracker.geometry());
+    assert_eq!(tracker.dirty_pages().expect("counted"), all.len());
+    assert_eq!(tracker.swap().expect("swapped").pages, all);
+    assert!(tracker.swap().expect("swapped").pages.is_empty());
+    // The last page is a part of one.
+    let last = 16 * MIB + 512 * 4;
+    write_direct(&open_direct(&disk.device), last, 512, 1);
+    assert_eq!(tracker.swap().expect("swapped").pages, range(tracker.geometry(), last / 4096, last / 4096 + 1));
+    tracker.detach().expect("detached");
+}
+
+#[test]
 fn the_memory_that_is_charged_is_two_bits_for_each_page_and_little_more() {
     let tib = Geometry::new(1 << 40).expect("a size");
     let bitmaps = 2 * (1_u64 << 40) / 4096 / 8;
