@@ -251,6 +251,8 @@ impl Admission {
     /// The disk may not hold what was admitted: the pages are to be read from it.
     pub(super) fn distrust(&mut self, first: u64, count: u64) {
         for (block, mask) in blocks_of(first, count) {
+            self.forget_content(block.0, mask);
+            self.zero.remove(block, mask);
             self.backfill.insert(block, mask);
         }
         self.point_due = true;

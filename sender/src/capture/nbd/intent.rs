@@ -20,6 +20,9 @@
 //!
 //! Never: decides when a bit may be cleared; that is [`super::export`]'s.
 
+#[cfg(test)]
+pub(super) mod tests;
+
 use std::collections::BTreeSet;
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -63,6 +66,10 @@ impl LogIdentity {
         self.geometry.disk_bytes().div_ceil(REGION_BYTES)
     }
 
+    fn file_bytes(&self) -> usize {
+        (self.pages() + 1) * PAGE_BYTES
+    }
+
     fn pages(&self) -> usize {
         let words = self.regions().div_ceil(WORD_BITS);
         usize::try_from(words.div_ceil(PAGE_WORDS as u64)).unwrap_or(usize::MAX)
@@ -101,6 +108,55 @@ fn decode_page(number: usize, page: &[u8]) -> Option<impl Iterator<Item = u64>> 
     let sound = page[..4] == sum.to_le_bytes() && page[8..16] == (number as u64).to_le_bytes();
     let words = page[PAGE_HEADER_BYTES..PAGE_BYTES].chunks_exact(8);
     sound.then(|| words.map(|word| word.iter().rev().fold(0, |number, byte| number << 8 | u64::from(*byte))))
+}
+
+/// The bits that a log's bytes state, and the numbers of its damaged pages, whose bits are all set.
+///
+/// # Errors
+/// A text, where the bytes say nothing of this disk.
+pub(super) fn parse(bytes: &[u8], identity: &LogIdentity) -> Result<(Vec<u64>, BTreeSet<usize>), String> {
+    let header = bytes.first_chunk::<PAGE_BYTES>().ok_or("the write-intent log has no whole header")?;
+    if header[..8] == MAGIC && header[8..12] != VERSION.to_le_bytes() {
+        let found = header[8..12].iter().rev().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
+        return Err(format!("the write-intent log has version {found}, this program knows {VERSION}"));
+    }
+    if *header != identity.header() {
+        return Err("the write-intent log is damaged, or of another disk".to_owned());
+    }
+    let mut words = Vec::with_capacity(identity.pages() * PAGE_WORDS);
+    let mut damaged = BTreeSet::new();
+    for number in 1..=identity.pages() {
+        let page = bytes.get(number * PAGE_BYTES..(number + 1) * PAGE_BYTES);
+        match page.and_then(|page| decode_page(number, page)) {
+            Some(decoded) => words.extend(decoded),
+            None => {
+                words.extend([u64::MAX; PAGE_WORDS]);
+                damaged.insert(number);
+            }
+        }
+    }
+    clip(&mut words, identity.regions());
+    Ok((words, damaged))
+}
+
+/// The bits of a log that marks everything, and its bytes.
+pub(super) fn all_set(identity: &LogIdentity) -> (Vec<u64>, Vec<u8>) {
+    let mut words = vec![u64::MAX; identity.pages() * PAGE_WORDS];
+    clip(&mut words, identity.regions());
+    let mut bytes = identity.header().to_vec();
+    for (number, words) in (1..).zip(words.chunks(PAGE_WORDS)) {
+        bytes.extend_from_slice(&encode_page(number, words));
+    }
+    (words, bytes)
+}
+
+/// The pages that bits mark.
+pub(super) fn marked_pages(words: &[u64], geometry: Geometry) -> PageSet {
+    let mut marked = PageSet::empty(geometry);
+    for region in set_bits(words) {
+        marked.insert_blocks(BlockIndex(region * REGION_BLOCKS), REGION_BLOCKS);
+    }
+    marked
 }
 
 /// Where the log's bytes go; tests put faults in.
@@ -182,33 +238,18 @@ impl IntentLog {
             _ => format!("the write-intent log can't be opened: {error}"),
         })?;
         let unreadable = |error| format!("the write-intent log can't be read: {error}");
-        let mut header = [0; PAGE_BYTES];
-        file.read_exact_at(&mut header, 0).map_err(unreadable)?;
-        if header[..8] == MAGIC && header[8..12] != VERSION.to_le_bytes() {
-            let found = header[8..12].iter().rev().fold(0, |number: u32, byte| number << 8 | u32::from(*byte));
-            return Err(format!("the write-intent log has version {found}, this program knows {VERSION}"));
-        }
-        if header != identity.header() {
-            return Err("the write-intent log is damaged, or of another disk".to_owned());
-        }
-        let mut words = Vec::with_capacity(identity.pages() * PAGE_WORDS);
-        let mut damaged = BTreeSet::new();
-        let mut page = [0; PAGE_BYTES];
-        for number in 1..=identity.pages() {
-            let read = file.read_exact_at(&mut page, number as u64 * PAGE_BYTES as u64);
-            match read.ok().and_then(|()| decode_page(number, &page)) {
-                Some(decoded) => words.extend(decoded),
-                None => {
-                    words.extend([u64::MAX; PAGE_WORDS]);
-                    damaged.insert(number);
-                }
+        let mut bytes = vec![0; identity.file_bytes()];
+        let mut length = 0;
+        while length < bytes.len() {
+            match file.read_at(&mut bytes[length..], length as u64) {
+                Ok(0) => break,
+                Ok(read) => length += read,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(unreadable(error)),
             }
         }
-        clip(&mut words, identity.regions());
-        let mut marked = PageSet::empty(identity.geometry);
-        for region in set_bits(&words) {
-            marked.insert_blocks(BlockIndex(region * REGION_BLOCKS), REGION_BLOCKS);
-        }
+        let (words, damaged) = parse(&bytes[..length], identity)?;
+        let marked = marked_pages(&words, identity.geometry);
         let store = LogFile { file, path: path.to_owned() };
         let log = Self::with_store(Box::new(store), words);
         if !damaged.is_empty() {
@@ -221,15 +262,11 @@ impl IntentLog {
 
     /// Makes a new log, with every bit set, in the place of what is there. Durable, name included.
     pub(super) fn create(path: &Path, identity: &LogIdentity) -> io::Result<Self> {
-        let mut words = vec![u64::MAX; identity.pages() * PAGE_WORDS];
-        clip(&mut words, identity.regions());
+        let (words, bytes) = all_set(identity);
         let fresh = path.with_extension("new");
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&fresh)?;
-        file.write_all_at(&identity.header(), 0)?;
-        for (number, words) in (1..).zip(words.chunks(PAGE_WORDS)) {
-            file.write_all_at(&encode_page(number, words), number as u64 * PAGE_BYTES as u64)?;
-        }
+        file.write_all_at(&bytes, 0)?;
         file.sync_all()?;
         std::fs::rename(&fresh, path)?;
         sync_parent(path)?;
@@ -237,7 +274,7 @@ impl IntentLog {
     }
 
     /// A log whose bits on `store` are `words`.
-    fn with_store(store: Box<dyn LogStore>, words: Vec<u64>) -> Self {
+    pub(super) fn with_store(store: Box<dyn LogStore>, words: Vec<u64>) -> Self {
         Self {
             store,
             durable: words.iter().map(|word| AtomicU64::new(*word)).collect(),
@@ -247,12 +284,6 @@ impl IntentLog {
             abandoned: AtomicBool::new(false),
             look_from: AtomicU64::new(0),
         }
-    }
-
-    /// A log on a store of a test's own, with no bit set.
-    #[cfg(test)]
-    pub(super) fn on(store: Box<dyn LogStore>, identity: &LogIdentity) -> Self {
-        Self::with_store(store, vec![0; identity.pages() * PAGE_WORDS])
     }
 
     fn lock(&self) -> MutexGuard<'_, Flush> {
