@@ -141,6 +141,9 @@ pub struct RunArgs {
     /// Directory with pre.d and post.d: programs run around the cut of an application-consistent point
     #[arg(long, value_name = "DIR", env = "BLOCKFERRY_HOOK_DIR")]
     pub hook_dir: Option<PathBuf>,
+    /// How fast a disk is read to be compared with known hashes after a restart [default: 256MiB/s]
+    #[arg(long, value_name = "SIZE/s", env = "BLOCKFERRY_VERIFY_RATE")]
+    pub verify_rate: Option<ByteRate>,
     /// Sealed bytes after which an epoch is closed and committed, 1MiB to 256MiB [default: 256MiB]
     #[arg(long, value_name = "SIZE", env = "BLOCKFERRY_EPOCH_SIZE")]
     pub epoch_size: Option<ByteCount>,

@@ -16,6 +16,8 @@ use serde::Deserialize;
 use crate::cli::{CONFIG_DEFAULT, RunArgs, STATE_DIR_DEFAULT};
 use crate::spec::{AppPoints, CaptureMode, Overload, Transport, VolumeSpec, ZstdLevel};
 
+/// Reading for a verification, unless told otherwise: some disks are faster, but others work beside it.
+const VERIFY_RATE_DEFAULT: ByteRate = ByteRate(256 << 20);
 const METRICS_PORT_DEFAULT: u16 = 9465;
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle sender, rounded up.
 const BASE_BYTES: u64 = 16 << 20;
@@ -67,6 +69,7 @@ pub struct FileConfig {
     overload: Option<String>,
     freeze_limit: Option<DurationText>,
     hook_dir: Option<PathBuf>,
+    verify_rate: Option<ByteRate>,
     epoch_size: Option<ByteCount>,
     metrics_listen: Option<SocketAddr>,
     /// `--log-level`.
@@ -149,6 +152,8 @@ pub struct RunConfig {
     pub freeze_limit: Duration,
     /// Where the hooks lie.
     pub hook_dir: Option<PathBuf>,
+    /// How fast a disk is read, in bytes a second, to be compared with known hashes after a restart.
+    pub verify_rate: Option<ByteRate>,
     /// Sealed bytes after which an epoch is closed.
     pub epoch_bytes: u64,
     /// Metrics endpoint, and whether somebody chose it.
@@ -261,6 +266,7 @@ impl RunConfig {
             app_points,
             overload,
             freeze_limit,
+            verify_rate: Some(args.verify_rate.or(file.verify_rate).unwrap_or(VERIFY_RATE_DEFAULT)),
             hook_dir: args.hook_dir.clone().or_else(|| file.hook_dir.clone()),
             epoch_bytes: epoch.bytes(),
             metrics_listen: (chosen.unwrap_or(default_listen), chosen.is_some()),
@@ -321,6 +327,9 @@ impl fmt::Display for RunConfig {
         writeln!(f, "app_point_interval = \"{}\"", self.app_points)?;
         writeln!(f, "overload = \"{}\"", self.overload)?;
         writeln!(f, "freeze_limit = {:?}", DurationText(self.freeze_limit).exact())?;
+        if let Some(rate) = self.verify_rate {
+            writeln!(f, "verify_rate = {:?}", rate.exact())?;
+        }
         if let Some(directory) = &self.hook_dir {
             writeln!(f, "hook_dir = {directory:?}")?;
         }

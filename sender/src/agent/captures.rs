@@ -1,27 +1,37 @@
 //! Making each volume's capture, by its mode.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::budget::Budget;
+use common::budget::{Budget, Permit};
 use common::clock::Clock;
 use common::ids::CloseId;
+use common::pages::PageSet;
+use common::units::ByteCount;
 
 use super::AgentError;
 use super::prepare::Local;
-use crate::capture::CaptureError;
 use crate::capture::cut::Capture;
+use crate::capture::ebpf;
+use crate::capture::freeze::watchdog::WatchdogCommand;
 use crate::capture::hooks::Hooks;
+use crate::capture::live::{Attached, EbpfTracker, LiveCapture, LiveConfig};
 use crate::capture::nbd::{self, Known, ListenAddr, NbdConfig, NbdServer};
 use crate::capture::scan::ScanCapture;
+use crate::capture::{CaptureError, Disk, Source};
 use crate::config::RunConfig;
-use crate::events::Events;
+use crate::events::{EventKind, Events};
 use crate::spec::{CaptureMode, Listen, Overload, VolumeSpec};
 use crate::state::VolumeState;
 
 /// Share of the payload budget that contents may take before they are sealed, as a divisor: the rest is for records.
 const UNSEALED_SHARE: u64 = 2;
 
+/// Where a tracker's page sets are saved, in the volume's directory.
+const TRACKED: &str = "tracked";
+/// Page sets that a volume may have at a time at their largest: what is to be read, and what is in cuts.
+const PAGE_SETS: u64 = 2;
 /// How long a hook may take.
 const HOOK_TIME: Duration = Duration::from_secs(30);
 
@@ -34,6 +44,8 @@ pub(super) struct Captures<'a> {
     hooks: Option<Hooks>,
     /// Serves all volumes whose capture is nbd.
     nbd: Option<NbdServer>,
+    /// What the page sets of the volumes may take.
+    page_sets: Vec<Permit>,
 }
 
 impl<'a> Captures<'a> {
@@ -55,30 +67,50 @@ impl<'a> Captures<'a> {
             Some(directory) => Hooks::load(directory, HOOK_TIME).map_err(AgentError::Hooks)?,
             None => None,
         };
-        Ok(Self { config, budget, clock, events, hooks, nbd })
+        Ok(Self { config, budget, clock, events, hooks, nbd, page_sets: Vec::new() })
     }
 
     /// The capture of a volume. Tracking has begun when this returns.
     ///
     /// # Errors
     /// [`AgentError::Capture`].
-    pub(super) fn make(&self, local: &Local, state: &VolumeState) -> Result<Box<dyn Capture>, AgentError> {
+    pub(super) fn make(&mut self, local: &Local, state: &VolumeState) -> Result<Box<dyn Capture>, AgentError> {
         let Local { spec, source, .. } = local;
         let named = |source| failed(spec, source);
         if spec.capture != CaptureMode::Nbd {
             // Whatever it says, writes do not go through it any more.
             nbd::forget(state.directory()).map_err(named)?;
         }
+        if spec.capture != CaptureMode::Ebpf {
+            let (pins, tracked) = tracker_directories(state);
+            if pins.exists() || tracked.exists() {
+                ebpf::remove_pins(&pins, &tracked).map_err(|source| {
+                    named(CaptureError::Tracking { path: spec.path.clone(), source: Box::new(source) })
+                })?;
+            }
+        }
+        if spec.capture != CaptureMode::Scan {
+            let bytes = PAGE_SETS * PageSet::memory_bytes_max(source.geometry());
+            let permit = self.budget.try_acquire(bytes).ok_or_else(|| AgentError::PageSets {
+                volume: spec.name.clone(),
+                bytes: ByteCount(bytes),
+                free: ByteCount(self.budget.payload() - self.budget.used()),
+            })?;
+            self.page_sets.push(permit);
+        }
         match (spec.capture, &self.nbd) {
             (CaptureMode::Nbd, Some(server)) => self.nbd(server, spec, state).map_err(named),
-            (CaptureMode::Ebpf, _) => {
-                Err(AgentError::Setup(format!("volume {}: capture=ebpf is not in this release", spec.name)))
-            }
+            (CaptureMode::Ebpf, _) => self.ebpf(local, state).map_err(named),
             _ => {
                 let source = Arc::clone(source);
                 Ok(Box::new(ScanCapture::new(source, self.clock.clone(), self.config.point_interval)))
             }
         }
+    }
+
+    /// What was set aside for the volumes' page sets, to be kept as long as they run.
+    pub(super) fn into_page_sets(self) -> Vec<Permit> {
+        self.page_sets
     }
 
     fn nbd(
@@ -113,6 +145,37 @@ impl<'a> Captures<'a> {
         };
         Ok(Box::new(server.add_export(config)?))
     }
+}
+
+impl Captures<'_> {
+    fn ebpf(&self, local: &Local, state: &VolumeState) -> Result<Box<dyn Capture>, CaptureError> {
+        let Local { spec, source, .. } = local;
+        let hashes = state.known().close != CloseId::ZERO;
+        let (pins, tracked) = tracker_directories(state);
+        let Attached { tracker, start, interrupted } = EbpfTracker::attach(&spec.path, &pins, &tracked, hashes)?;
+        if !interrupted.is_empty() {
+            self.events.note(&spec.name, EventKind::TrackingLost, interrupted);
+        }
+        let config = LiveConfig {
+            name: spec.name.clone(),
+            path: spec.path.clone(),
+            point_interval: self.config.point_interval,
+            app_point_interval: self.config.app_points.0,
+            freeze_limit: self.config.freeze_limit,
+            hooks: self.hooks.clone(),
+            watchdog: WatchdogCommand::default(),
+            budget: self.budget.clone(),
+            clock: self.clock.clone(),
+            events: self.events.clone(),
+            start,
+        };
+        Ok(Box::new(LiveCapture::new(config, Arc::<Source>::clone(source), tracker)))
+    }
+}
+
+/// Where a tracker's pins are, and where its page sets are saved.
+fn tracker_directories(state: &VolumeState) -> (PathBuf, PathBuf) {
+    (ebpf::default_directory(&state.identity().volume.to_string()), state.directory().join(TRACKED))
 }
 
 fn failed(spec: &VolumeSpec, source: CaptureError) -> AgentError {

@@ -78,6 +78,8 @@ pub struct PointRequest {
 #[derive(Debug)]
 struct Waiter {
     request: PointRequest,
+    /// When it was asked for: a cut made before does not answer.
+    asked: UnixMillis,
     /// The cut that will answer.
     cut: Option<CutId>,
 }
@@ -110,7 +112,7 @@ impl Cuts {
             point: None,
         });
         if cut.asserts != Asserts::Nothing {
-            for waiter in self.waiters.iter_mut().filter(|waiter| waiter.cut.is_none()) {
+            for waiter in self.waiters.iter_mut().filter(|waiter| waiter.cut.is_none() && waiter.asked <= cut.time) {
                 waiter.cut = Some(cut.id);
             }
         }
@@ -122,8 +124,8 @@ impl Cuts {
     }
 
     /// Somebody waits for a point from now on.
-    pub(super) fn wait(&mut self, request: PointRequest) {
-        self.waiters.push(Waiter { request, cut: None });
+    pub(super) fn wait(&mut self, request: PointRequest, now: UnixMillis) {
+        self.waiters.push(Waiter { request, asked: now, cut: None });
     }
 
     /// The next cut that is wholly committed, given the newest committed epoch.
@@ -210,7 +212,7 @@ mod tests {
         let wish = PointWish { consistency: Consistency::Crash, group: None };
         let ask = |cuts: &mut Cuts| {
             let (reply, mut answer) = oneshot::channel();
-            cuts.wait(PointRequest { wish: wish.clone(), reply });
+            cuts.wait(PointRequest { wish: wish.clone(), reply }, UnixMillis(0));
             move || answer.try_recv().is_ok()
         };
         let mut first = ask(&mut cuts);
@@ -244,7 +246,10 @@ mod tests {
         begin(&mut cuts, 1, Asserts::Point(Consistency::Crash));
         sealed(&mut cuts, 4);
         let (reply, _answer) = oneshot::channel();
-        cuts.wait(PointRequest { wish: PointWish { consistency: Consistency::Crash, group: None }, reply });
+        cuts.wait(
+            PointRequest { wish: PointWish { consistency: Consistency::Crash, group: None }, reply },
+            UnixMillis(0),
+        );
         begin(&mut cuts, 2, Asserts::Point(Consistency::Crash));
         let (first, again) = cuts.lose_after(Epoch(4));
         assert_eq!((first, again.len()), (Some(CutId(2)), 1));

@@ -28,6 +28,7 @@ use common::ops::process_metrics;
 use common::ops::shutdown::Shutdown;
 use common::rng::{self, RngError};
 use common::seal::SealError;
+use common::units::ByteCount;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
@@ -129,6 +130,19 @@ pub enum AgentError {
         /// The state directory.
         state_dir: PathBuf,
     },
+    /// The budget has no room for a large disk's page sets.
+    #[error(
+        "volume {volume}: knowing which pages of its disk changed takes up to {bytes}, and {free} of the memory budget are free: raise \
+         --memory-budget, or protect it with capture=scan"
+    )]
+    PageSets {
+        /// The volume.
+        volume: String,
+        /// Bytes that the sets may take.
+        bytes: ByteCount,
+        /// Bytes that are free.
+        free: ByteCount,
+    },
     /// No receiver answered.
     #[error("no receiver could be reached: {tried}; check that one runs and that UDP and TCP get through")]
     Unreachable {
@@ -214,6 +228,7 @@ impl AgentError {
             | Self::SizeChanged { volume, .. }
             | Self::StateLost { volume, .. }
             | Self::AnotherVolume { volume, .. }
+            | Self::PageSets { volume, .. }
             | Self::SessionEnded { volume, .. }
             | Self::Epoch { volume, .. } => Some(volume),
             _ => None,
@@ -297,15 +312,18 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
 
     // Sources first: nothing is made in the store for a disk that can't be read. And captures of volumes that are known
     // here, before any receiver is asked: tracking begins, and a disk is served, whether or not one can be reached.
-    let captures = Captures::start(&config, &budget, &clock, &events).await?;
+    let mut captures = Captures::start(&config, &budget, &clock, &events).await?;
+    let mut failures = Failures { events: &events, board: &control_handle.board, last: None };
     let mut volumes = Vec::new();
     for spec in &config.volumes {
-        let local = prepare::local(&state, spec)?;
-        let capture = match &local.state {
-            Some(state) => Some(captures.make(&local, state)?),
-            None => None,
-        };
-        volumes.push((local, capture));
+        let begun = prepare::local(&state, spec).and_then(|local| {
+            let capture = local.state.as_ref().map(|state| captures.make(&local, state)).transpose()?;
+            Ok((local, capture))
+        });
+        volumes.extend(failures.or_stop(begun)?);
+    }
+    if volumes.is_empty() {
+        return failures.end();
     }
     let patience = config.once.then_some(ONCE_PATIENCE);
     let Some(mut control) = connect(&enrolment, patience, &shutdown).await? else {
@@ -314,13 +332,21 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     control.renew_if_due(&mut enrolment, &config.state_dir, clock.now()).await?;
     let mut ready = Vec::new();
     for (mut local, capture) in volumes {
-        let prepared = prepare::prepare(&mut control, &enrolment, &key_file, &state, &mut local, clock.now()).await?;
-        let capture = match capture {
-            Some(capture) => capture,
-            None => captures.make(&local, &prepared.state)?,
-        };
-        ready.push((local.spec, prepared, capture));
+        let prepared = prepare::prepare(&mut control, &enrolment, &key_file, &state, &mut local, clock.now()).await;
+        let begun = prepared.and_then(|prepared| {
+            let capture = match capture {
+                Some(capture) => capture,
+                None => captures.make(&local, &prepared.state)?,
+            };
+            Ok((local.spec, prepared, capture))
+        });
+        ready.extend(failures.or_stop(begun)?);
     }
+    if ready.is_empty() {
+        return failures.end();
+    }
+    let failed_before = failures.last.take();
+    let page_sets = captures.into_page_sets();
     drop(key_file);
 
     let (tls, newest_tls) = watch::channel(data_tls(&enrolment)?);
@@ -355,8 +381,8 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let serving = tokio::spawn(orders::serve(Arc::clone(&shared), Arc::clone(&state), reach, requests));
     let watching = tokio::spawn(watch_link(Arc::clone(&shared)));
     shared.events.note("", EventKind::Started, format!("version {}", env!("CARGO_PKG_VERSION")));
-    readiness.set("volumes", true);
-    let mut result = Ok(ExitCode::Ok);
+    readiness.set("volumes", failed_before.is_none());
+    let mut result = failed_before.map_or(Ok(ExitCode::Ok), Err);
     let mut detached = false;
     while let Some(joined) = tasks.join_next().await {
         let outcome = joined.map_err(|error| process("a volume's task", &error))?;
@@ -369,14 +395,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
             Ok(Outcome::Interrupted) => {}
             Ok(Outcome::Detached) => detached = true,
             Err(error) => {
-                if let Some(volume) = error.volume() {
-                    let text = common::ops::exit::error_line(&error);
-                    shared.board.update(volume, |status| {
-                        "stopped".clone_into(&mut status.state);
-                        status.error.clone_from(&text);
-                    });
-                    shared.events.note(volume, EventKind::VolumeStopped, text);
-                }
+                stopped(&shared.events, &shared.board, &error);
                 // The last one is reported by main; those before it here.
                 if let Err(earlier) = std::mem::replace(&mut result, Err(error)) {
                     tracing::error!("{}", common::ops::exit::error_line(&earlier));
@@ -398,12 +417,52 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     }
     serving.abort();
     shared.sender.stop();
+    drop(page_sets);
     // A detached state directory stays locked until the last task is gone, so a restart never meets its predecessor.
     drop(state);
     match result {
         Ok(ExitCode::Ok | ExitCode::Weaker) if shutdown.is_requested() => Ok(interrupted(&shutdown)),
         other => other,
     }
+}
+
+/// Volumes that can't be begun, while others can.
+struct Failures<'a> {
+    events: &'a Events,
+    board: &'a Board,
+    last: Option<AgentError>,
+}
+
+impl Failures<'_> {
+    /// A volume's error stops that volume only; any other one ends the run.
+    fn or_stop<T>(&mut self, result: Result<T, AgentError>) -> Result<Option<T>, AgentError> {
+        match result {
+            Ok(value) => Ok(Some(value)),
+            Err(error) if error.volume().is_some() => {
+                stopped(self.events, self.board, &error);
+                if let Some(earlier) = self.last.replace(error) {
+                    tracing::error!("{}", common::ops::exit::error_line(&earlier));
+                }
+                Ok(None)
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn end(self) -> Result<ExitCode, AgentError> {
+        self.last.map_or(Ok(ExitCode::Ok), Err)
+    }
+}
+
+/// Says that an error stopped a volume.
+fn stopped(events: &Events, board: &Board, error: &AgentError) {
+    let Some(volume) = error.volume() else { return };
+    let text = common::ops::exit::error_line(error);
+    board.update(volume, |status| {
+        "stopped".clone_into(&mut status.state);
+        status.error.clone_from(&text);
+    });
+    events.note(volume, EventKind::VolumeStopped, text);
 }
 
 fn interrupted(shutdown: &Shutdown) -> ExitCode {

@@ -374,7 +374,7 @@ impl VolumeAgent {
         match order {
             Order::Point(request) => {
                 self.capture.want_point(request.wish.clone());
-                self.cuts.wait(request);
+                self.cuts.wait(request, self.shared.clock.now());
                 Ok(Next::Go)
             }
             Order::Detach(reply) => {
@@ -408,6 +408,8 @@ impl VolumeAgent {
                 hash_key: self.state.identity().hash_key,
                 gate: Arc::clone(&self.gate),
                 budget: self.shared.budget.clone(),
+                // A first replication is to end; a verification has time, and the machine works meanwhile.
+                read_limit: self.shared.config.verify_rate.filter(|_| standing.state == CaptureState::Verifying),
                 volume: self.name.clone(),
             },
         );

@@ -20,6 +20,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use common::budget::{Budget, BudgetError, Permit};
 use common::error::{Dispose, Disposition};
@@ -29,6 +30,7 @@ use common::format::state::HashChange;
 use common::ids::Epoch;
 use common::limits;
 use common::seal::{Compression, SealError, Sealer};
+use common::units::ByteRate;
 use tokio::sync::mpsc;
 
 use crate::capture::CaptureError;
@@ -193,6 +195,8 @@ pub struct PassConfig {
     pub gate: Arc<EpochGate>,
     /// What records are charged to.
     pub budget: Budget,
+    /// How fast its pages may be read, in bytes a second; `None` for as fast as can be.
+    pub read_limit: Option<ByteRate>,
     /// The volume's name, a label of metrics.
     pub volume: String,
 }
@@ -302,6 +306,8 @@ struct JobState {
     exhausted: bool,
     finished: bool,
     failure: Option<PassError>,
+    /// Under a limit, when the next piece may be read.
+    next_read: Option<Instant>,
 }
 
 /// Something to do.
@@ -320,16 +326,24 @@ impl Job {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Something to do now; the worker calls [`Self::done`] after it.
-    fn take(&self) -> Option<Work> {
+    /// Something to do now; the worker calls [`Self::done`] after it. Where only a limit is in the way, `soonest` becomes the
+    /// moment to look again, if that is sooner.
+    fn take(&self, soonest: &mut Option<Instant>) -> Option<Work> {
         let mut state = self.lock();
         if state.finished || self.stopped.load(Ordering::Acquire) {
+            return None;
+        }
+        if let Some(next) = state.next_read
+            && next > Instant::now()
+        {
+            *soonest = Some(soonest.map_or(next, |soonest| soonest.min(next)));
             return None;
         }
         let over = state.exhausted || state.failure.is_some();
         if !over && self.outstanding.load(Ordering::Acquire) < OUTPUTS_MAX && state.order.has_room() {
             if let Some(piece) = self.config.pages.next() {
                 state.working += 1;
+                state.next_read = self.config.read_limit.map(|limit| next_read(state.next_read, &piece, limit));
                 let number = state.order.hand_out();
                 return Some(Work::Piece { number, piece });
             }
@@ -380,6 +394,14 @@ impl Job {
             Err(error) => PassOutput::Failed(error.into()),
         }
     }
+}
+
+/// When the next piece may be read after this one.
+fn next_read(last: Option<Instant>, piece: &Piece, limit: ByteRate) -> Instant {
+    let pages: u64 = piece.masks.iter().map(|mask| u64::from(mask.count())).sum();
+    let nanos = u128::from(pages * limits::PAGE_BYTES as u64) * 1_000_000_000 / u128::from(limit.0.max(1));
+    let now = Instant::now();
+    last.unwrap_or(now).max(now) + Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
 }
 
 /// Nobody takes the output any more.
@@ -435,9 +457,10 @@ impl Inner {
             if state.ended {
                 return None;
             }
+            let mut soonest = None;
             for _ in 0..state.jobs.len() {
                 let Some(job) = state.jobs.pop_front() else { break };
-                let work = job.take();
+                let work = job.take(&mut soonest);
                 if !matches!(work, Some(Work::Finish)) {
                     state.jobs.push_back(Arc::clone(&job));
                 }
@@ -445,7 +468,13 @@ impl Inner {
                     return Some((job, work));
                 }
             }
-            state = self.work.wait(state).unwrap_or_else(PoisonError::into_inner);
+            state = match soonest {
+                Some(soonest) => {
+                    let time = soonest.saturating_duration_since(Instant::now());
+                    self.work.wait_timeout(state, time).unwrap_or_else(PoisonError::into_inner).0
+                }
+                None => self.work.wait(state).unwrap_or_else(PoisonError::into_inner),
+            };
         }
     }
 }

@@ -109,6 +109,7 @@ impl Bench {
             hash_key: self.state.identity().hash_key,
             gate: Arc::clone(&self.gate),
             budget: self.budget.clone(),
+            read_limit: None,
             volume: "root".to_owned(),
         };
         Pass::start(&self.pool, config)
