@@ -174,8 +174,8 @@ impl ChangeTracker for Comparing {
     }
 }
 
-struct Bench {
-    capture: LiveCapture<Comparing>,
+struct Bench<T = Comparing> {
+    capture: LiveCapture<T>,
     shared: Arc<Shared>,
     /// What the cuts add up to.
     replica: Vec<u8>,
@@ -216,6 +216,12 @@ impl Bench {
         Self { capture, shared, replica, pages_travelled: 0 }
     }
 
+    fn is_what_was_switched(&self) -> bool {
+        *self.shared.at_switch.lock().expect("no panic") == self.replica
+    }
+}
+
+impl<T: ChangeTracker> Bench<T> {
     /// The next cut, sealed into the replica.
     async fn cut(&mut self) -> (Cut, Option<Consistency>) {
         let cut = self.capture.next().await.expect("a cut");
@@ -259,10 +265,6 @@ impl Bench {
 
     fn wish(&mut self, consistency: Consistency) {
         self.capture.want_point(PointWish { consistency, group: None });
-    }
-
-    fn is_what_was_switched(&self) -> bool {
-        *self.shared.at_switch.lock().expect("no panic") == self.replica
     }
 }
 
@@ -647,4 +649,79 @@ async fn a_long_verification_saves_what_is_left_so_that_a_restart_goes_on() {
     let left: Vec<_> = sets.iter().map(|(number, set)| (*number, set.len())).collect();
     assert_eq!(left, [(2, 4 * CUT_PAGES_MAX)]);
     assert_eq!(capture.status().state, CaptureState::Verifying);
+}
+
+/// Tracking by the kernel, detached at the end.
+struct Tracked {
+    state: tempfile::TempDir,
+    pins: PathBuf,
+}
+
+impl Tracked {
+    fn new() -> Self {
+        let name = common::ids::VolumeId::from_random(common::rng::random().expect("random bytes")).to_string();
+        let state = tempfile::tempdir().expect("a temporary directory");
+        Self { state, pins: crate::capture::ebpf::default_directory(&name) }
+    }
+
+    fn attach(
+        &self,
+        path: &Path,
+        replica: Option<Vec<u8>>,
+        change: impl FnOnce(&mut LiveConfig),
+    ) -> Bench<EbpfTracker> {
+        let attached = EbpfTracker::attach(path, &self.pins, self.state.path(), replica.is_some()).expect("it tracks");
+        let disk: Arc<dyn Disk> = Arc::new(Source::open(path).expect("a device"));
+        let mut config = config(path);
+        config.start = attached.start;
+        config.freeze_limit = Duration::from_secs(5);
+        change(&mut config);
+        let length = usize::try_from(disk.geometry().pages()).expect("small") * PAGE_BYTES;
+        let replica = replica.unwrap_or_else(|| vec![0xee; length]);
+        let capture = LiveCapture::new(config, disk, attached.tracker);
+        Bench { capture, shared: Arc::default(), replica, pages_travelled: 0 }
+    }
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        let _ = crate::capture::ebpf::remove_pins(&self.pins, self.state.path());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_kernels_tracker_points_under_load_are_consistent_and_a_restart_reads_only_what_changed() {
+    for (fs_type, mib, points) in [("ext4", 96, 8), ("xfs", 320, 3)] {
+        let disk = MountedDisk::new(fs_type, mib);
+        let path = disk.device.path.clone();
+        let tracked = Tracked::new();
+        let writer = Writer::start(&disk.point, 100_000);
+        let mut bench = tracked.attach(&path, None, |_| {});
+        let mut newest = 0;
+        for _ in 0..points {
+            let (cut, consistency) = bench.point().await;
+            assert_eq!((consistency, cut.weaker.as_str()), (Consistency::Filesystem, ""), "{fs_type}");
+            let numbers = numbers_in(&bench.replica, fs_type);
+            let last = *numbers.last().expect("some are written");
+            assert!(last >= newest, "a later point is not older");
+            newest = last;
+            let missing = (last.saturating_sub(38)..=last).filter(|number| !numbers.contains(number)).count();
+            assert!(missing <= 1, "{fs_type}: {missing} of the numbers up to {last} are missing: {numbers:?}");
+            bench.capture.committed(cut.id).expect("noted");
+        }
+        // The sender ends, the machine goes on.
+        let replica = std::mem::take(&mut bench.replica);
+        drop(bench);
+        std::fs::write(disk.point.join("meanwhile"), noise(9, 50_000)).expect("room");
+        writer.stop();
+        let mut bench = tracked.attach(&path, Some(replica), |_| {});
+        run(Command::new("umount").arg(&disk.point));
+        bench.wish(Consistency::Crash);
+        let (_, consistency) = bench.point().await;
+        assert_eq!(consistency, Consistency::Crash, "nothing is mounted, and nobody writes");
+        let now = content(&Source::open(&path).expect("a device"));
+        assert!(now == bench.replica, "{fs_type}: the replica is the disk");
+        let most = bench.replica.len() / PAGE_BYTES / 2;
+        assert!(bench.pages_travelled < most as u64, "{fs_type}: {} pages", bench.pages_travelled);
+    }
 }
