@@ -9,7 +9,7 @@ use common::net::resolve::HostPort;
 use common::ops::cli::{LogArgs, MemoryArgs};
 use common::units::{ByteCount, ByteRate, DurationText};
 
-use crate::control::args::{AdoptArgs, DetachArgs, EventsArgs, PointArgs, StatusArgs};
+use crate::control::args::{AdoptArgs, DetachArgs, EventsArgs, PointArgs, PreflightArgs, StatusArgs};
 use crate::spec::{AppPoints, Overload, Transport, VolumeSpec, ZstdLevel};
 
 /// Where the state lies unless told otherwise.
@@ -47,6 +47,8 @@ pub enum Command {
     Register(RegisterArgs),
     /// Replicates volumes: continuously, or with --once to one recovery point each.
     Run(Box<RunArgs>),
+    /// Looks whether this machine has what protection needs.
+    Preflight(PreflightArgs),
     /// Makes a recovery point now; returns when it is committed.
     Point(PointArgs),
     /// Shows how the sender and its volumes stand, and what to do.

@@ -95,6 +95,12 @@ impl FileConfig {
         chosen.or(self.state_dir.as_deref()).unwrap_or(Path::new(STATE_DIR_DEFAULT)).to_owned()
     }
 
+    /// Names and disks of the volumes.
+    #[must_use]
+    pub fn volume_paths(&self) -> Vec<(String, PathBuf)> {
+        self.volume.iter().map(|volume| (volume.name.clone(), volume.path.clone())).collect()
+    }
+
     /// Path of the disk of a volume of this name.
     #[must_use]
     pub fn volume_path(&self, name: &str) -> Option<&Path> {

@@ -9,6 +9,7 @@ use sender::config::{ConfigError, FileConfig, RunConfig};
 use sender::control::args::StateArgs;
 use sender::control::commands::status::StatusOptions;
 use sender::control::commands::{self, CommandError};
+use sender::control::preflight::{self, PreflightOptions};
 use sender::register;
 
 #[global_allocator]
@@ -72,6 +73,16 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
         Command::Run(args) => {
             let config = RunConfig::resolve(args, &file)?;
             Ok(runtime()?.block_on(agent::run(config))?)
+        }
+        Command::Preflight(args) => {
+            let mut volumes = file.volume_paths();
+            if !args.volumes.is_empty() {
+                volumes = args.volumes.iter().map(|spec| (spec.name.clone(), spec.path.clone())).collect();
+            }
+            let (state_dir, receiver) = (state_dir(&args.state), args.receiver.clone());
+            let options = PreflightOptions { state_dir, receiver, volumes, json: args.json };
+            let done = runtime()?.block_on(preflight::run(&options, &mut std::io::stdout()));
+            Ok(done.map_err(CommandError::from)?)
         }
         Command::Point(args) => {
             let volume = args.which.volume.clone();

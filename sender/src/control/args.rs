@@ -7,6 +7,7 @@ use common::format::close::Consistency;
 use common::net::resolve::HostPort;
 
 use super::protocol::parse_consistency;
+use crate::spec::VolumeSpec;
 
 /// Where the state is.
 #[derive(Debug, Args)]
@@ -140,7 +141,7 @@ pub struct PreflightArgs {
     pub receiver: Option<HostPort>,
     /// A disk that is going to be protected; may be given several times [default: those of the configuration]
     #[arg(long = "volume", value_name = "NAME=PATH")]
-    pub volumes: Vec<String>,
+    pub volumes: Vec<VolumeSpec>,
     /// Print JSON
     #[arg(long)]
     pub json: bool,

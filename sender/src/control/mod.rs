@@ -21,6 +21,7 @@
 pub mod args;
 pub mod client;
 pub mod commands;
+pub mod preflight;
 pub mod protocol;
 pub mod server;
 pub mod status;
