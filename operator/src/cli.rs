@@ -15,6 +15,7 @@ use common::ops::exit::{ExitCode, report_error};
 use common::ops::{logging, panic_guard};
 
 use crate::error::OperatorError;
+use crate::restore::group::GroupRequest;
 use crate::restore::{self, RestoreError, RestoreRequest};
 use crate::select::{PointWanted, parse_close};
 use crate::verify::{self, VerifyRequest};
@@ -71,23 +72,29 @@ enum Command {
     },
     /// Restore a recovery point to a new file or a block device
     #[command(
-        after_help = "Examples:\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to /dev/sdb --dry-run\n\nAn interrupted restore goes on where it stopped when the same command is run again."
+        after_help = "Examples:\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to /dev/sdb --dry-run\n  blockferry restore --store file:///srv/store --machine web-1 --point GROUP_POINT --key-file blockferry.key --to-dir restored\n\n`points --json` shows which points share a group point: an instant of several disks. An interrupted restore goes on where it stopped when the same command is run again."
     )]
     Restore {
         #[command(flatten)]
         store: StoreArgs,
         /// NAME, MACHINE/NAME or UUID
-        #[arg(long, value_name = "VOLUME")]
-        volume: String,
-        /// latest (never a fuzzy point), latest-any, a point's id or its first digits, or a time with offset (the newest not after it)
+        #[arg(long, value_name = "VOLUME", required_unless_present = "machine")]
+        volume: Option<String>,
+        /// Restore all volumes of this machine that were cut at one instant, instead of one volume
+        #[arg(long, value_name = "MACHINE", conflicts_with_all = ["volume", "to"], requires = "to_dir")]
+        machine: Option<String>,
+        /// latest (never a fuzzy point), latest-any, a point's id or its first digits, a group point's id, or a time with offset (the newest not after it)
         #[arg(long, value_name = "POINT", default_value = "latest")]
         point: String,
         /// The key file made when the machine was registered, or a copy
         #[arg(long, value_name = "FILE", env = "BLOCKFERRY_KEY_FILE")]
         key_file: PathBuf,
         /// New file, or block device
-        #[arg(long, value_name = "FILE|DEVICE")]
-        to: PathBuf,
+        #[arg(long, value_name = "FILE|DEVICE", required_unless_present = "machine")]
+        to: Option<PathBuf>,
+        /// With --machine: folder for a file NAME.img of each volume
+        #[arg(long, value_name = "DIR", requires = "machine")]
+        to_dir: Option<PathBuf>,
         /// Image format of a file
         #[arg(long, value_enum, default_value_t = Format::Raw)]
         format: Format,
@@ -205,15 +212,39 @@ async fn run(command: Command) -> Result<(), OperatorError> {
         Command::Points { store, volume, json } => {
             points::run(&open(store).await?, volume.as_deref(), json, &mut out).await?;
         }
-        Command::Restore { store, volume, point, key_file, to, format, dry_run, force, state_dir, json, memory } => {
+        Command::Restore {
+            store,
+            volume,
+            machine,
+            point,
+            key_file,
+            to,
+            to_dir,
+            format,
+            dry_run,
+            force,
+            state_dir,
+            json,
+            memory,
+        } => {
             let point = point.parse()?;
             if format != Format::Raw {
                 let format = if format == Format::Vhd { "vhd" } else { "qcow2" }.to_owned();
                 return Err(RestoreError::Format { format }.into());
             }
             let budget_bytes = budget(memory)?;
-            let request = RestoreRequest { volume, point, key_file, to, dry_run, force, state_dir, json, budget_bytes };
-            restore::run(&open(store).await?, &request, &mut out).await?;
+            let store = open(store).await?;
+            if let (Some(machine), Some(to_dir)) = (machine, to_dir) {
+                let request =
+                    GroupRequest { machine, point, key_file, to_dir, dry_run, force, state_dir, json, budget_bytes };
+                restore::group::run(&store, &request, &mut out).await?;
+            } else {
+                // clap demands both without --machine.
+                let (volume, to) = (volume.unwrap_or_default(), to.unwrap_or_default());
+                let request =
+                    RestoreRequest { volume, point, key_file, to, dry_run, force, state_dir, json, budget_bytes };
+                restore::run(&store, &request, &mut out).await?;
+            }
         }
         Command::Verify { store, volume, point, key_file, expect_head, json, memory } => {
             let point = match point.as_str() {

@@ -7,6 +7,7 @@ use catalog::volume::header;
 use catalog::volume::history::History;
 use common::format::checkpoint::PointSummary;
 use common::format::volume_header::VolumeHeader;
+use common::ids::GroupId;
 use common::units::ByteCount;
 
 use crate::error::OperatorError;
@@ -34,13 +35,19 @@ pub struct PointRow {
     pub bytes_new: u64,
     /// When it was committed, RFC 3339 in UTC.
     pub committed: String,
+    /// The set of volumes that it was cut with; null for none.
+    pub group: Option<String>,
+    /// The instant at which they were cut together, which `restore --machine` takes; null for none.
+    pub group_point: Option<String>,
     /// What proves it: `signed` says that its close, and every close before it, carries the signature of the volume's key and
     /// names its parent. Points that lack this are never listed.
     pub proof: &'static str,
 }
 
 impl PointRow {
-    fn new(header: &VolumeHeader, point: &PointSummary) -> Self {
+    fn new(header: &VolumeHeader, history: &History, point: &PointSummary) -> Self {
+        let close = history.find(point.id).map(|at| history.epochs[at].close.statement());
+        let named = |id: GroupId| (!id.is_nil()).then(|| id.to_string());
         Self {
             id: point.id.to_string(),
             machine: header.machine_name.clone(),
@@ -50,6 +57,8 @@ impl PointRow {
             consistency: point.consistency.as_str(),
             bytes_new: point.new_bytes,
             committed: point.committed.to_string(),
+            group: close.and_then(|close| named(close.group)),
+            group_point: named(point.group_point),
             proof: "signed",
         }
     }
@@ -79,7 +88,10 @@ pub async fn run(
     for header in &headers {
         let history = History::read(store, header).await?;
         points.extend(
-            history.points().into_iter().map(|point| (point.cut_time, point.epoch, PointRow::new(header, &point))),
+            history
+                .points()
+                .into_iter()
+                .map(|point| (point.cut_time, point.epoch, PointRow::new(header, &history, &point))),
         );
     }
     // A volume's own order is that of its epochs; several are interleaved by time.

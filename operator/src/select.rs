@@ -5,7 +5,7 @@ use std::str::FromStr;
 use common::clock::UnixMillis;
 use common::format::checkpoint::PointSummary;
 use common::format::close::Consistency;
-use common::ids::CloseId;
+use common::ids::{CloseId, GroupId};
 
 /// Fewest digits of an id that name a point.
 const ID_DIGITS_MIN: usize = 8;
@@ -21,6 +21,8 @@ pub enum PointWanted {
     At(UnixMillis),
     /// The one whose id starts so.
     Id(String),
+    /// The one of the instant at which several volumes were cut together.
+    Group(GroupId),
 }
 
 /// Why no point was chosen.
@@ -28,7 +30,7 @@ pub enum PointWanted {
 pub enum SelectError {
     /// The text is none of the forms.
     #[error(
-        "--point \"{text}\": {why}; expected latest, latest-any, a time such as 2026-01-31T12:00:00Z, or an id (at least 8 of its digits)"
+        "--point \"{text}\": {why}; expected latest, latest-any, a time such as 2026-01-31T12:00:00Z, an id (at least 8 of its digits), or a group point's id"
     )]
     BadText {
         /// What was given.
@@ -98,6 +100,9 @@ impl FromStr for PointWanted {
                 _ => bad("an id has 8 to 64 hexadecimal digits"),
             };
         }
+        if let Ok(group) = text.parse::<GroupId>() {
+            return Ok(Self::Group(group));
+        }
         match text.parse::<jiff::Timestamp>() {
             Ok(time) => Ok(Self::At(UnixMillis(time.as_millisecond()))),
             Err(_) if text.parse::<jiff::civil::DateTime>().is_ok() => {
@@ -134,6 +139,11 @@ impl PointWanted {
                     None => Err(SelectError::NoneBefore { volume: volume(), time: *time, oldest: oldest.cut_time }),
                 }
             }
+            Self::Group(id) => points
+                .iter()
+                .rfind(|point| point.group_point == *id)
+                .copied()
+                .ok_or_else(|| SelectError::NoSuchId { volume: volume(), id: id.to_string() }),
             Self::Id(id) => {
                 let found: Vec<_> =
                     points.iter().filter(|point| point.id.to_string().starts_with(id.as_str())).collect();

@@ -10,15 +10,18 @@ use catalog::volume::header::{self, HeaderError};
 use catalog::volume::log::LogError;
 use common::error::{Dispose, Disposition};
 use common::format::volume_header::VolumeHeader;
-use common::ids::{MachineId, ReceiverId, VolumeId};
+use common::ids::{Incarnation, MachineId, ReceiverId, VolumeId};
 use common::net::pb;
 use common::net::pb::control_server::Control;
 use tonic::{Request, Response, Status};
+
+use crate::volumes::Volumes;
 
 /// Answers control calls.
 pub struct ControlService {
     fleet: Arc<Fleet>,
     store: Store,
+    volumes: Arc<Volumes>,
     receiver: ReceiverId,
     /// `HOST:PORT` of the fleet's receivers, where somebody said so; machines keep it beside the one they registered with.
     receivers: Vec<String>,
@@ -27,8 +30,14 @@ pub struct ControlService {
 impl ControlService {
     /// A service of this receiver.
     #[must_use]
-    pub fn new(fleet: Arc<Fleet>, store: Store, receiver: ReceiverId, receivers: Vec<String>) -> Self {
-        Self { fleet, store, receiver, receivers }
+    pub fn new(
+        fleet: Arc<Fleet>,
+        store: Store,
+        volumes: Arc<Volumes>,
+        receiver: ReceiverId,
+        receivers: Vec<String>,
+    ) -> Self {
+        Self { fleet, store, volumes, receiver, receivers }
     }
 
     /// The header of a volume of this machine. Another machine's volume is answered as one that does not exist.
@@ -120,6 +129,23 @@ impl Control for ControlService {
             generation: view.position.generation.0,
         }))
     }
+
+    async fn grow_volume(
+        &self,
+        request: Request<pb::GrowVolumeRequest>,
+    ) -> Result<Response<pb::GrowVolumeReply>, Status> {
+        let peer = control::admit(&self.fleet, &request).await?;
+        let asked = request.into_inner();
+        let id = asked.id[..].try_into().map_err(|_| Status::invalid_argument("a volume id has 16 bytes"))?;
+        let volume = self.own_volume(MachineId(peer.id), VolumeId(id)).await?.volume;
+        let grown = header::grow(&self.store, volume, Incarnation(asked.incarnation), asked.disk_bytes).await;
+        let header = grown.map_err(|error| header_status(&error))?.header;
+        let size = header.current();
+        tracing::info!(%volume, incarnation = %size.incarnation, disk_bytes = size.disk_bytes, "a volume's disk grew");
+        let encoded = header.encode();
+        self.volumes.handle_grown(header);
+        Ok(Response::new(pb::GrowVolumeReply { header: encoded.into() }))
+    }
 }
 
 fn created(header: &VolumeHeader, created: bool) -> pb::CreateVolumeReply {
@@ -129,7 +155,7 @@ fn created(header: &VolumeHeader, created: bool) -> pb::CreateVolumeReply {
 fn header_status(error: &HeaderError) -> Status {
     match error {
         HeaderError::NameTaken { .. } | HeaderError::VolumeTaken { .. } => Status::already_exists(error.to_string()),
-        HeaderError::BadName { .. } => Status::invalid_argument(error.to_string()),
+        HeaderError::BadName { .. } | HeaderError::NotGrown { .. } => Status::invalid_argument(error.to_string()),
         other => state_status(other.disposition(), other),
     }
 }

@@ -20,7 +20,7 @@ use common::format::close::Close;
 use common::format::frame::RefusalCode;
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
-use common::ids::{CloseId, Epoch, Geometry, SessionId, VolumeId};
+use common::ids::{CloseId, Epoch, Geometry, Incarnation, SessionId, VolumeId};
 use common::session::{ClosedEpoch, Facts, StagedRecord};
 use futures::future::BoxFuture;
 use tokio::sync::OnceCell;
@@ -205,6 +205,26 @@ impl Volumes {
         self.lock().get(&volume).and_then(|slot| slot.get().cloned())
     }
 
+    /// The volume's disk has grown, as this header says. No effect where the volume is not loaded: it is read then anyway.
+    pub fn handle_grown(&self, header: VolumeHeader) {
+        if let Some(volume) = self.loaded(header.volume) {
+            volume.grow(header);
+        }
+    }
+
+    /// The volume for a claim of this incarnation: where that is newer than what was loaded, the header is read anew, since
+    /// another receiver may have been told that the disk grew. Safe to cancel.
+    ///
+    /// # Errors
+    /// As [`Self::get`].
+    pub async fn get_for(&self, volume: VolumeId, incarnation: Incarnation) -> Result<Arc<Volume>, VolumeError> {
+        let loaded = self.get(volume).await?;
+        if incarnation > loaded.header().current().incarnation {
+            loaded.grow(self.catalog.load(volume).await?.header);
+        }
+        Ok(loaded)
+    }
+
     /// A close, and all before it, is committed: the volume's sender is told.
     pub fn handle_committed(&self, volume: VolumeId, close: CloseId) {
         if let Some(volume) = self.loaded(volume) {
@@ -318,7 +338,7 @@ fn plan_recovery(committed: ClosedEpoch, mut recovered: Recovered) -> RecoveryPl
 mod tests {
     use common::clock::UnixMillis;
     use common::format::close::CloseStatement;
-    use common::ids::{Digest, FleetId, GroupId, Incarnation, KeyId, Salt};
+    use common::ids::{Digest, FleetId, GroupId, KeyId, Salt};
 
     use super::*;
 

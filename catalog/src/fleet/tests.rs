@@ -254,6 +254,10 @@ impl Control for Receiver {
         Err(Status::unimplemented("not in this test"))
     }
 
+    async fn grow_volume(&self, _: Request<pb::GrowVolumeRequest>) -> Result<Response<pb::GrowVolumeReply>, Status> {
+        Err(Status::unimplemented("not in this test"))
+    }
+
     async fn get_volume(&self, _: Request<pb::GetVolumeRequest>) -> Result<Response<pb::GetVolumeReply>, Status> {
         Err(Status::unimplemented("not in this test"))
     }

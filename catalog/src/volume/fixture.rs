@@ -44,6 +44,8 @@ pub struct FixtureVolume {
     pub segments_per_epoch: usize,
     /// Pages, by number on the disk, that the next capture leaves out: an incomplete first replication.
     pub left_out: Vec<u64>,
+    /// The instant that the next points say they share with other volumes'.
+    pub group_point: GroupId,
     content: Option<Vec<u8>>,
     next_epoch: u64,
 }
@@ -86,6 +88,7 @@ impl FixtureVolume {
             view,
             clock,
             segments_per_epoch: 1,
+            group_point: GroupId::NIL,
             left_out: Vec::new(),
             content: None,
             next_epoch: 1,
@@ -99,15 +102,20 @@ impl FixtureVolume {
         self.commit(records, point).await
     }
 
-    /// Grows or replaces the disk: the next capture sends everything.
+    /// Replaces the disk by one of another size: the next capture sends everything.
     pub async fn resize(&mut self, disk_bytes: u64) {
+        self.grow(disk_bytes).await;
+        self.content = None;
+    }
+
+    /// Grows the disk: the next capture sends what differs from the smaller disk followed by zeros, and all new pages.
+    pub async fn grow(&mut self, disk_bytes: u64) {
         let stored = header::read(&self.store, self.header.volume).await.expect("a header");
         let next = Incarnation(stored.header.current().incarnation.0 + 1);
         let size = IncarnationSize { incarnation: next, disk_bytes };
         let stored =
             header::update(&self.store, &stored, |header| header.incarnations.push(size)).await.expect("unchanged");
         self.header = stored.header;
-        self.content = None;
         let (log, view) =
             LogWriter::open(&self.store, &self.header, ReceiverId([5; 16]), &self.clock).await.expect("a log");
         (self.log, self.view) = (log, view);
@@ -138,7 +146,11 @@ impl FixtureVolume {
                 let number = block * 64 + u64::from(page);
                 let start = number as usize * PAGE_BYTES;
                 let end = (start + PAGE_BYTES).min(content.len());
-                let same = self.content.as_ref().is_some_and(|old| old[start..end] == content[start..end]);
+                let same = self.content.as_ref().is_some_and(|old| {
+                    let known = end.min(old.len());
+                    let padded = || content[known..end].iter().all(|byte| *byte == 0);
+                    start < known && old[start..known] == content[start..known] && padded()
+                });
                 if same || self.left_out.contains(&number) {
                     continue;
                 }
@@ -192,7 +204,7 @@ impl FixtureVolume {
             record_bytes: count(|meta| meta.record_len.into()),
             meta_root: merkle::root(&metas).expect("in block order"),
             group: GroupId::NIL,
-            group_point: GroupId::NIL,
+            group_point: self.group_point,
         });
         // Dealt out in turn, so that an epoch's blocks are scattered over its segments.
         let mut dealt: BTreeMap<usize, Vec<Record>> = BTreeMap::new();

@@ -5,9 +5,9 @@
 
 use common::error::{Dispose, Disposition};
 use common::format::FormatError;
-use common::format::volume_header::VolumeHeader;
+use common::format::volume_header::{IncarnationSize, VolumeHeader};
 use common::format::volume_name::VolumeName;
-use common::ids::{MachineId, Nonce, VolumeId};
+use common::ids::{Geometry, Incarnation, MachineId, Nonce, VolumeId};
 use common::limits;
 use futures::StreamExt as _;
 
@@ -81,6 +81,21 @@ pub enum HeaderError {
         /// Volume.
         volume: VolumeId,
     },
+    /// The volume's disk is not one that grew to this size.
+    #[error(
+        "volume {volume} can't grow to {disk_bytes} bytes: its current incarnation is {incarnation} of {found} bytes; a disk \
+         that shrank or was replaced is a new volume, under another name"
+    )]
+    NotGrown {
+        /// Volume.
+        volume: VolumeId,
+        /// Its current incarnation.
+        incarnation: Incarnation,
+        /// That one's size.
+        found: u64,
+        /// Size asked for.
+        disk_bytes: u64,
+    },
     /// Nothing is called so.
     #[error("no volume \"{text}\" in the store{known}: run `blockferry volume list` to see all")]
     NotFound {
@@ -124,6 +139,7 @@ impl Dispose for HeaderError {
             | Self::NameTaken { .. }
             | Self::VolumeTaken { .. }
             | Self::BadName { .. }
+            | Self::NotGrown { .. }
             | Self::NotFound { .. }
             | Self::Ambiguous { .. } => Disposition::BadInput,
         }
@@ -181,6 +197,43 @@ pub async fn create(store: &Store, header: &VolumeHeader) -> Result<(StoredHeade
     }
     let ours = stored.header.nonce == header.nonce;
     Ok((stored, if ours { PutOutcome::Created } else { outcome }))
+}
+
+/// Begins an incarnation of `disk_bytes` bytes behind `incarnation`, which must be the current one: the disk grew. Safe to
+/// repeat: the header that an earlier call made is returned.
+///
+/// # Errors
+/// [`HeaderError::NotGrown`] where the sizes or the current incarnation are others; [`HeaderError::Changed`] where the header
+/// keeps changing; those of [`read`].
+pub async fn grow(
+    store: &Store,
+    volume: VolumeId,
+    incarnation: Incarnation,
+    disk_bytes: u64,
+) -> Result<StoredHeader, HeaderError> {
+    for _ in 0..CLAIM_ATTEMPTS {
+        let stored = read(store, volume).await?;
+        let current = stored.header.current();
+        let refused = || HeaderError::NotGrown {
+            volume,
+            incarnation: current.incarnation,
+            found: current.disk_bytes,
+            disk_bytes,
+        };
+        if current.incarnation > incarnation && current.disk_bytes == disk_bytes {
+            return Ok(stored);
+        }
+        let next = incarnation.next().filter(|_| Geometry::new(disk_bytes).is_some()).ok_or_else(refused)?;
+        if current.incarnation != incarnation || current.disk_bytes >= disk_bytes {
+            return Err(refused());
+        }
+        let size = IncarnationSize { incarnation: next, disk_bytes };
+        match update(store, &stored, |header| header.incarnations.push(size)).await {
+            Err(HeaderError::Changed { .. }) => {}
+            other => return other,
+        }
+    }
+    Err(HeaderError::Changed { volume })
 }
 
 /// Changes a header as `edit` says, if it still is the one in `stored`.

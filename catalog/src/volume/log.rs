@@ -10,7 +10,7 @@ use bytes::Bytes;
 use common::error::{Dispose, Disposition};
 use common::format::FormatError;
 use common::format::close::Close;
-use common::format::log::LogEntry;
+use common::format::log::{CommittedEpoch, LogEntry};
 use common::format::volume_header::VolumeHeader;
 use common::ids::{CloseId, Digest, Epoch, Generation, LogSeq, ReceiverId, VolumeId};
 use common::seal::SealError;
@@ -18,6 +18,7 @@ use common::seal::signing::verify_close;
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
 
+use super::header::{self, HeaderError};
 use super::paths;
 use crate::store::{Store, StoreError};
 
@@ -291,6 +292,27 @@ pub fn check_close_alone(header: &VolumeHeader, path: &str, close: &Close) -> Re
     verify_close(close, &header.signing_key).map_err(|source| LogError::Signature { path: path(), source })
 }
 
+/// Reads the header anew where `epochs` are of an incarnation newer than it knows: the disk grew since it was read. The header is
+/// changed before the first close of an incarnation is written, so whoever sees the close sees the header. Only sizes are
+/// taken over; closes are judged by the key that was pinned when the volume was opened.
+pub(super) async fn follow_growth(
+    store: &Store,
+    header: &mut VolumeHeader,
+    epochs: &[CommittedEpoch],
+) -> Result<(), LogError> {
+    let newest = epochs.iter().map(|epoch| epoch.close.statement().incarnation).max();
+    if newest.is_none_or(|newest| newest <= header.current().incarnation) {
+        return Ok(());
+    }
+    match header::read(store, header.volume).await {
+        Ok(stored) => header.incarnations = stored.header.incarnations,
+        Err(HeaderError::Store(error)) => return Err(error.into()),
+        // Then the close is judged by what is known, and refused.
+        Err(error) => tracing::error!(volume = %header.volume, %error, "the volume's header can't be read anew"),
+    }
+    Ok(())
+}
+
 /// An entry that was read and checked.
 #[derive(Debug, Clone)]
 pub struct ReadEntry {
@@ -391,6 +413,7 @@ impl LogReader {
         };
         let entry = LogEntry::decode(&bytes).map_err(|source| LogError::Damaged { path: path.clone(), source })?;
         let digest = LogEntry::digest_of(&bytes);
+        follow_growth(&self.store, &mut self.header, &entry.epochs).await?;
         self.position.follow(&self.header, &path, &entry, digest)?;
         Ok(Some(ReadEntry { path, digest, entry }))
     }

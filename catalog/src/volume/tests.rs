@@ -7,7 +7,7 @@ use common::error::{Dispose as _, Disposition};
 use common::format::checkpoint::CheckpointHead;
 use common::format::close::Consistency;
 use common::format::log::CommittedEpoch;
-use common::ids::{Generation, LogSeq, MachineId, ReceiverId, VolumeId};
+use common::ids::{Generation, Incarnation, LogSeq, MachineId, ReceiverId, VolumeId};
 
 use super::checkpoint::{CheckpointBounds, write_checkpoint};
 use super::fixture::{FixtureVolume, change, image};
@@ -284,6 +284,45 @@ async fn a_checkpoint_made_from_the_one_before_says_the_same_as_one_made_from_th
     write_checkpoint(&store, &mut view, &clock, tight).await.expect("written");
     assert_eq!(live(&store, &volume, LogSeq(8)).await, merged);
     assert_eq!(merged.len(), DISK.div_ceil(4096), "every page is live once");
+}
+
+#[tokio::test]
+async fn after_growth_a_checkpoint_holds_records_of_both_incarnations() {
+    let (_dir, store) = store().await;
+    let mut volume = FixtureVolume::create(&store, "web", "root", DISK as u64).await;
+    let mut content = image(DISK, 1);
+    volume.capture(&content, Some(Consistency::Crash)).await;
+    let mut view = open_view(&store, &volume.header).await.expect("readable");
+    let clock = Clock::manual(UnixMillis(5));
+    write_checkpoint(&store, &mut view, &clock, CheckpointBounds::default()).await.expect("written");
+    let (stale, grown) = (volume.header.clone(), DISK + 3 * 4096);
+    volume.grow(grown as u64).await;
+    content.resize(grown, 0);
+    content[0] ^= 1;
+    volume.capture(&content, Some(Consistency::Crash)).await;
+    // A header from before the growth is read anew by whoever meets the first close behind it.
+    let mut view = open_view(&store, &stale).await.expect("readable");
+    let at = view.position.seq;
+    assert!(write_checkpoint(&store, &mut view, &clock, CheckpointBounds::default()).await.expect("written").indexed);
+    let live = live(&store, &volume, at).await;
+    assert_eq!(live.len(), grown.div_ceil(4096), "every page is live once");
+    assert_eq!(live.iter().map(|(.., epoch)| *epoch).collect::<std::collections::BTreeSet<_>>().len(), 2);
+}
+
+#[tokio::test]
+async fn a_volume_grows_once_however_often_it_is_asked_and_never_shrinks() {
+    let (_dir, store) = store().await;
+    let volume = FixtureVolume::create(&store, "web", "root", DISK as u64).await;
+    let (id, larger) = (volume.header.volume, DISK as u64 + 512);
+    for _ in 0..2 {
+        let grown = header::grow(&store, id, Incarnation(1), larger).await.expect("grown");
+        assert_eq!(grown.header.incarnations.len(), 2);
+        assert_eq!((grown.header.current().incarnation, grown.header.current().disk_bytes), (Incarnation(2), larger));
+    }
+    for (incarnation, bytes) in [(1, larger + 1), (2, larger), (2, larger - 1), (3, larger + 1), (2, u64::MAX)] {
+        let error = header::grow(&store, id, Incarnation(incarnation), bytes).await.expect_err("not grown");
+        assert!(matches!(error, HeaderError::NotGrown { .. }), "{error}");
+    }
 }
 
 #[tokio::test]

@@ -11,7 +11,7 @@ use common::ids::{CloseId, Digest, Generation, LogSeq, Nonce, ReceiverId};
 use common::limits;
 
 use super::checkpoint::{VolumeView, open_view};
-use super::log::{LogError, LogPosition};
+use super::log::{LogError, LogPosition, follow_growth};
 use super::paths;
 use crate::store::{PutOutcome, Store};
 
@@ -152,6 +152,7 @@ impl LogWriter {
         };
         let encoded = Bytes::from(entry.encode());
         // Judged before it is written, by the rule that readers apply.
+        follow_growth(&self.store, &mut self.header, &entry.epochs).await?;
         let mut position = self.position.clone();
         position.follow(&self.header, &path, &entry, LogEntry::digest_of(&encoded))?;
         let wanted: Vec<CloseId> = entry.epochs.iter().map(|epoch| epoch.close.id()).collect();

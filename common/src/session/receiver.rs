@@ -355,6 +355,15 @@ impl<P> ReceiverSession<P> {
         self.events.push_back(ReceiverEvent::Ended { code, text });
     }
 
+    /// The volume's disk has grown: the session ends, and the next one is to be of the new incarnation. What is closed goes on;
+    /// epochs that are open are dropped with the next claim, which is of another session.
+    pub fn handle_grown(&mut self, incarnation: Incarnation, geometry: Geometry) {
+        if incarnation > self.facts.incarnation {
+            self.refuse(RefusalCode::WrongIncarnation, "the volume's disk grew: open it anew".to_owned());
+            (self.facts.incarnation, self.facts.geometry) = (incarnation, geometry);
+        }
+    }
+
     /// True where [`Self::poll_frame`] has something for a stream.
     #[must_use]
     pub fn has_frames(&self) -> bool {

@@ -9,6 +9,7 @@
 
 pub mod device;
 pub mod fetch;
+pub mod group;
 pub mod plan;
 pub mod state;
 pub mod target;
@@ -60,6 +61,28 @@ pub enum RestoreError {
     /// The target.
     #[error(transparent)]
     Target(#[from] TargetError),
+    /// No volume of that machine.
+    #[error("the store has no volume of machine {machine}: run `blockferry volume list` to see all")]
+    NoMachine {
+        /// Machine asked for.
+        machine: String,
+    },
+    /// No such instant.
+    #[error("machine {machine} has no such group point; {known}")]
+    NoGroupPoint {
+        /// Machine.
+        machine: String,
+        /// What there is.
+        known: String,
+    },
+    /// A volume's name can't be a file's.
+    #[error("volume \"{name}\" can't be restored under its name ({why}): restore it alone, with --volume and --to")]
+    BadName {
+        /// Name.
+        name: String,
+        /// Why.
+        why: String,
+    },
     /// A format that is not written yet.
     #[error("--format {format} is not in this release: use raw, and convert the file with qemu-img")]
     Format {
@@ -73,7 +96,11 @@ impl Dispose for RestoreError {
         match self {
             Self::Plan { source, .. } => source.disposition(),
             Self::Fetch(error) => error.disposition(),
-            Self::Target(_) | Self::Format { .. } => Disposition::BadInput,
+            Self::Target(_)
+            | Self::NoMachine { .. }
+            | Self::NoGroupPoint { .. }
+            | Self::BadName { .. }
+            | Self::Format { .. } => Disposition::BadInput,
         }
     }
 }
@@ -153,9 +180,8 @@ impl Source {
     /// Plans one window of the disk, newest epoch first, until every page is covered.
     async fn plan(&self, window: u64) -> Result<Plan, OperatorError> {
         let mut planner = Planner::new(self.geometry, window * WINDOW_BLOCKS..(window + 1) * WINDOW_BLOCKS);
-        let of_disk =
-            |number: &usize| self.history.epochs[*number].close.statement().incarnation == self.point.incarnation;
-        let numbers: Vec<usize> = (0..=self.newest).rev().filter(of_disk).collect();
+        // Epochs of earlier incarnations too: what did not change when the disk grew was not sent again.
+        let numbers: Vec<usize> = (0..=self.newest).rev().collect();
         let mut loaded = futures::stream::iter(numbers)
             .map(|number| async move {
                 let epoch = &self.history.epochs[number];
@@ -167,9 +193,10 @@ impl Source {
             && let Some(epoch) = loaded.next().await
         {
             let (number, records) = epoch?;
-            let epoch = self.history.epochs[number].close.statement().epoch;
+            let statement = self.history.epochs[number].close.statement();
+            let disk = Geometry::new(statement.disk_bytes).expect("a decoded close has a disk size within limits");
             for (segment, entry) in &records {
-                planner.add(number as u32, epoch, *segment, entry).map_err(failed)?;
+                planner.add(number as u32, statement.epoch, disk, *segment, entry).map_err(failed)?;
             }
         }
         Ok(planner.finish(self.point.epoch).map_err(failed)?)

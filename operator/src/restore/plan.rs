@@ -127,21 +127,28 @@ impl Planner {
         }
     }
 
-    /// Shows a record of epoch number `number`, which is `epoch` in the history. Records of one epoch may come in any order,
-    /// since none overlap; newer epochs must come before older ones.
+    /// Shows a record of epoch number `number`, which is `epoch` in the history, when the disk had the geometry `disk`. Records
+    /// of one epoch may come in any order, since none overlap; newer epochs must come before older ones. A page that was the
+    /// last of a smaller disk holds zeros behind that disk's end.
     ///
     /// # Errors
     /// [`PlanError::BeyondEnd`].
-    pub fn add(&mut self, epoch: u32, number: Epoch, segment: u32, entry: &SegmentEntry) -> Result<(), PlanError> {
+    pub fn add(
+        &mut self,
+        epoch: u32,
+        number: Epoch,
+        disk: Geometry,
+        segment: u32,
+        entry: &SegmentEntry,
+    ) -> Result<(), PlanError> {
         let meta = &entry.meta;
         let (first, end) = (meta.block.0, meta.block.0.saturating_add(meta.block_count.into()));
-        if end > self.geometry.blocks() || !meta.pages().without(self.geometry.pages_of(BlockIndex(end - 1))).is_empty()
-        {
+        if end > disk.blocks() || !meta.pages().without(disk.pages_of(BlockIndex(end - 1))).is_empty() {
             return Err(PlanError::BeyondEnd { epoch: number, block: meta.block });
         }
         for block in first.max(self.window.start)..end.min(self.window.end) {
             let at = (block - self.window.start) as usize;
-            let fresh = meta.pages().without(self.covered[at]);
+            let fresh = meta.pages().and(self.geometry.pages_of(BlockIndex(block))).without(self.covered[at]);
             self.covered[at] = self.covered[at].or(fresh);
             self.missing -= u64::from(fresh.count());
             let live = fresh.and(meta.data_mask);
@@ -321,9 +328,9 @@ mod tests {
     #[test]
     fn a_page_comes_from_the_newest_epoch_that_sets_it() {
         let mut planner = Planner::new(disk(64), 0..1);
-        planner.add(2, Epoch(9), 1, &entry(16, 0, 1, 0b0011, 0b0100)).expect("fits");
+        planner.add(2, Epoch(9), disk(64), 1, &entry(16, 0, 1, 0b0011, 0b0100)).expect("fits");
         assert!(!planner.is_complete());
-        planner.add(0, Epoch(5), 0, &entry(16, 0, 1, u64::MAX, 0)).expect("fits");
+        planner.add(0, Epoch(5), disk(64), 0, &entry(16, 0, 1, u64::MAX, 0)).expect("fits");
         let plan = planner.finish(Epoch(9)).expect("complete");
         let live: Vec<_> = plan.records.iter().map(|record| (record.epoch, record.live.0)).collect();
         assert_eq!(live, [(0, !0b0111), (2, 0b0011)]);
@@ -335,8 +342,8 @@ mod tests {
     #[test]
     fn a_page_that_no_epoch_set_is_named() {
         let mut planner = Planner::new(disk(64 + 3), 0..2);
-        planner.add(0, Epoch(5), 0, &entry(16, 0, 1, u64::MAX, 0)).expect("fits");
-        planner.add(0, Epoch(5), 0, &entry(16, 1, 1, 0b010, 0)).expect("fits");
+        planner.add(0, Epoch(5), disk(64 + 3), 0, &entry(16, 0, 1, u64::MAX, 0)).expect("fits");
+        planner.add(0, Epoch(5), disk(64 + 3), 0, &entry(16, 1, 1, 0b010, 0)).expect("fits");
         let expected = PlanError::Incomplete { epoch: Epoch(5), pages: 2, first_byte: BLOCK_BYTES as u64 };
         assert_eq!(planner.finish(Epoch(5)).expect_err("incomplete"), expected);
     }
@@ -345,8 +352,26 @@ mod tests {
     fn a_record_beyond_the_end_is_refused() {
         let mut planner = Planner::new(disk(64 + 3), 0..2);
         for bad in [entry(16, 1, 1, 0b1000, 0), entry(16, 2, 1, 1, 0), entry(16, 0, 2, 0, u64::MAX)] {
-            assert!(matches!(planner.add(0, Epoch(5), 0, &bad), Err(PlanError::BeyondEnd { .. })), "{bad:?}");
+            assert!(
+                matches!(planner.add(0, Epoch(5), disk(64 + 3), 0, &bad), Err(PlanError::BeyondEnd { .. })),
+                "{bad:?}"
+            );
         }
+    }
+
+    #[test]
+    fn a_disk_that_grew_takes_pages_of_its_smaller_self_and_one_that_shrank_only_what_it_still_has() {
+        let (small, large) = (disk(64 + 3), disk(64 + 5));
+        let old = entry(16, 1, 1, 0b111, 0);
+        let mut planner = Planner::new(large, 1..2);
+        planner.add(1, Epoch(6), large, 1, &entry(16, 1, 1, 0b11100, 0)).expect("fits");
+        planner.add(0, Epoch(5), small, 0, &old).expect("fits");
+        let plan = planner.finish(Epoch(6)).expect("complete");
+        let live: Vec<_> = plan.records.iter().map(|record| (record.epoch, record.live.0)).collect();
+        assert_eq!(live, [(0, 0b011), (1, 0b11100)]);
+        let mut planner = Planner::new(disk(64 + 2), 1..2);
+        planner.add(0, Epoch(5), small, 0, &old).expect("it fitted its own disk");
+        assert_eq!(planner.finish(Epoch(5)).expect("complete").records[0].live.0, 0b11);
     }
 
     #[test]
@@ -354,12 +379,12 @@ mod tests {
         let mut planner = Planner::new(disk(64 * 6), 0..6);
         let full = |offset, block| entry(offset, block, 1, u64::MAX, 0);
         let len = u64::from(full(0, 0).meta.record_len);
-        planner.add(0, Epoch(1), 0, &full(16 + len, 0)).expect("fits");
-        planner.add(0, Epoch(1), 0, &full(16, 1)).expect("fits");
-        planner.add(0, Epoch(1), 0, &full(16 + 2 * len, 2)).expect("fits");
-        planner.add(0, Epoch(1), 0, &full(16 + 3 * len, 3)).expect("fits");
-        planner.add(0, Epoch(1), 0, &full(16 + 9 * len, 4)).expect("fits");
-        planner.add(0, Epoch(1), 1, &full(16, 5)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 0, &full(16 + len, 0)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 0, &full(16, 1)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 0, &full(16 + 2 * len, 2)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 0, &full(16 + 3 * len, 3)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 0, &full(16 + 9 * len, 4)).expect("fits");
+        planner.add(0, Epoch(1), disk(64 * 6), 1, &full(16, 5)).expect("fits");
         let plan = planner.finish(Epoch(1)).expect("complete");
         let blocks: Vec<Vec<u32>> = plan
             .items
@@ -376,7 +401,7 @@ mod tests {
         let mut parts = Vec::new();
         for window in [0..2, 2..4, 4..9] {
             let mut planner = Planner::new(disk(64 * 5), window);
-            planner.add(0, Epoch(1), 0, &entry(16, 0, 5, 0, u64::MAX)).expect("fits");
+            planner.add(0, Epoch(1), disk(64 * 5), 0, &entry(16, 0, 5, 0, u64::MAX)).expect("fits");
             parts.extend(planner.finish(Epoch(1)).expect("complete").zero_ranges(true));
         }
         let block = BLOCK_BYTES as u64;

@@ -76,6 +76,38 @@ async fn after_the_disk_grew_each_point_has_its_own_size() {
 }
 
 #[tokio::test]
+async fn a_disk_that_grew_is_restored_from_records_of_both_its_sizes() {
+    // The last page of the smaller disk is partial; what lies behind its end stays zero, or does not.
+    for (seed, behind_the_end) in [(1, 0), (2, 7)] {
+        let world = World::new().await;
+        let mut volume = FixtureVolume::create(&world.store, "web", "root", 300_001).await;
+        let small = image(300_001, seed);
+        let one = volume.capture(&small, Some(Consistency::Crash)).await;
+        volume.grow(1_700_001).await;
+        let mut large = small.clone();
+        large.resize(1_700_001, 0);
+        large[300_001] = behind_the_end;
+        large[900_000] = 1;
+        let two = volume.capture(&large, Some(Consistency::Crash)).await;
+        assert!(two.statement().data_pages < 4, "{} pages were sent again", two.statement().data_pages);
+        large[5000] ^= 1;
+        let three = volume.capture(&large, Some(Consistency::Crash)).await;
+        large[5000] ^= 1;
+        for (close, content) in [(one, &small), (two, &large)] {
+            let to = world.path(&format!("{}.img", content.len()));
+            let mut request = world.restore_request(&volume, "latest", &to);
+            request.point = wanted(&close);
+            restore(&world, &request).await.expect("restored");
+            assert!(std::fs::read(&to).expect("there") == *content, "{} bytes", content.len());
+        }
+        let mut out = Vec::new();
+        crate::verify::run(&world.store, &world.verify_request(&volume, true), &mut out).await.expect("good");
+        let report: serde_json::Value = serde_json::from_slice(&out).expect("JSON");
+        assert_eq!((report["points"].as_u64(), report["head"].as_str()), (Some(3), Some(&*three.id().to_string())));
+    }
+}
+
+#[tokio::test]
 async fn the_wrong_key_writes_nothing() {
     let world = World::new().await;
     let mut volume = FixtureVolume::create(&world.store, "web", "root", DISK as u64).await;

@@ -53,8 +53,8 @@ struct Scanner {
     openers: Mutex<Vec<Opener>>,
 }
 
-/// Checks the segments of the first `newest` epochs (only the last one's disk where not `whole`), each completely, and each
-/// epoch against its close; and whether each point among them, or only the last, is complete.
+/// Checks the segments of the first `newest` epochs, each completely, and each epoch against its close; and whether each point
+/// among them (`whole`), or only the last, is complete. Pages of a disk that grew are those of its smaller self until sent anew.
 pub(super) async fn check(
     store: &Store,
     history: &History,
@@ -64,11 +64,10 @@ pub(super) async fn check(
     budget_bytes: u64,
     report: &mut VerifyReport,
 ) -> Result<(), OperatorError> {
-    let Some(last) = newest.checked_sub(1).map(|last| history.epochs[last].close.statement().incarnation) else {
+    if newest == 0 {
         return Ok(());
-    };
-    let taken: Vec<usize> =
-        (0..newest).filter(|&at| whole || history.epochs[at].close.statement().incarnation == last).collect();
+    }
+    let taken: Vec<usize> = (0..newest).collect();
     // In the order of first use, so that an epoch can be judged as soon as its last segment was read.
     let (mut order, mut uses) = (Vec::new(), HashMap::<u32, usize>::new());
     for &at in &taken {
@@ -164,8 +163,12 @@ impl Coverage {
         let geometry = Geometry::new(statement.disk_bytes).expect("a decoded close has a disk size within limits");
         if self.incarnation != Some(statement.incarnation) {
             self.incarnation = Some(statement.incarnation);
-            self.covered = vec![PageMask::EMPTY; usize::try_from(geometry.blocks()).unwrap_or(0)];
-            (self.missing, self.broken) = (geometry.pages(), false);
+            self.covered.resize(usize::try_from(geometry.blocks()).unwrap_or(0), PageMask::EMPTY);
+            let covered = (0..).zip(&mut self.covered).map(|(block, covered)| {
+                *covered = covered.and(geometry.pages_of(BlockIndex(block)));
+                u64::from(covered.count())
+            });
+            self.missing = geometry.pages() - covered.sum::<u64>();
         }
         // Behind a lost log entry nobody knows what was sent.
         let before = at.checked_sub(1).map_or(CloseId::ZERO, |before| history.epochs[before].close.id());

@@ -167,7 +167,8 @@ impl Peer {
             return Err((RefusalCode::BadMessage, text));
         }
         let id = claim.volume;
-        let volume = self.acceptor.volumes.get(id).await.map_err(|error| (error.refusal(), error.to_string()));
+        let volume = self.acceptor.volumes.get_for(id, claim.incarnation).await;
+        let volume = volume.map_err(|error| (error.refusal(), error.to_string()));
         let allowed = |volume: &Volume| {
             let header = volume.header();
             header.fleet == self.identity.fleet && Some(header.machine) == self.identity.machine()

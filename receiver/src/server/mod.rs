@@ -163,7 +163,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     volumes.recover().await;
 
     let receivers = config.advertise.iter().map(ToString::to_string).collect();
-    let service = ControlService::new(Arc::clone(&fleet), store.clone(), receiver, receivers);
+    let service = ControlService::new(Arc::clone(&fleet), store.clone(), Arc::clone(&volumes), receiver, receivers);
     let routes = tonic::service::Routes::new(pb::control_server::ControlServer::new(service));
     let stop = CancellationToken::new();
     let (listener, control) = tcp;

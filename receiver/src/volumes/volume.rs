@@ -7,7 +7,7 @@ use common::format::close::Close;
 use common::format::frame::{Frame, RefusalCode};
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
-use common::ids::{CloseId, VolumeId};
+use common::ids::{CloseId, Geometry, VolumeId};
 use common::session::{Claim, Facts, ReceiverEvent, ReceiverSession, SessionError, Ticket};
 use futures::future::{BoxFuture, OptionFuture};
 use futures::stream::FuturesUnordered;
@@ -45,6 +45,7 @@ impl Scope {
 }
 
 struct State {
+    header: Arc<VolumeHeader>,
     session: ReceiverSession<Payload>,
     scope: Arc<Scope>,
     stopped: bool,
@@ -52,7 +53,7 @@ struct State {
 
 /// A loaded volume.
 pub struct Volume {
-    header: Arc<VolumeHeader>,
+    id: VolumeId,
     state: Mutex<State>,
     /// The volume's task looks for events again.
     work: Notify,
@@ -63,7 +64,7 @@ pub struct Volume {
 
 impl std::fmt::Debug for Volume {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Volume({})", self.header.volume)
+        write!(f, "Volume({})", self.id)
     }
 }
 
@@ -77,8 +78,8 @@ impl Volume {
     ) -> Arc<Self> {
         let scope = Arc::new(Scope { number: 0, over: CancellationToken::new() });
         let volume = Arc::new(Self {
-            header,
-            state: Mutex::new(State { session: ReceiverSession::new(facts), scope, stopped: false }),
+            id: header.volume,
+            state: Mutex::new(State { header, session: ReceiverSession::new(facts), scope, stopped: false }),
             work: Notify::new(),
             frames: Notify::new(),
             stop: CancellationToken::new(),
@@ -90,13 +91,26 @@ impl Volume {
     /// Its identity.
     #[must_use]
     pub fn id(&self) -> VolumeId {
-        self.header.volume
+        self.id
     }
 
-    /// Its header as it was loaded.
+    /// Its header as it was loaded, or as it was when the disk grew last.
     #[must_use]
-    pub fn header(&self) -> &VolumeHeader {
-        &self.header
+    pub fn header(&self) -> Arc<VolumeHeader> {
+        Arc::clone(&self.lock().header)
+    }
+
+    /// The disk has grown: `header` has a newer incarnation. A session that is open ends; no effect where the header is older.
+    pub(super) fn grow(&self, header: VolumeHeader) {
+        let size = header.current();
+        let Some(geometry) = Geometry::new(size.disk_bytes) else { return };
+        let mut state = self.lock();
+        if size.incarnation > state.header.current().incarnation {
+            state.header = Arc::new(header);
+            state.session.handle_grown(size.incarnation, geometry);
+            drop(state);
+            self.changed();
+        }
     }
 
     /// True while a sender writes it.
@@ -278,7 +292,7 @@ impl Work {
                     self.records.push(staged.map(move |result| (ticket, result)).boxed());
                 }
                 Some(ReceiverEvent::CheckClose(close)) => {
-                    let checked = self.staging.close(Arc::clone(&self.volume.header), (*close).clone());
+                    let checked = self.staging.close(self.volume.header(), (*close).clone());
                     self.closing = Some(checked.map(move |result| (*close, result)).boxed()).into();
                     self.is_closing = true;
                 }

@@ -99,7 +99,7 @@ impl<'a> Captures<'a> {
             self.page_sets.push(permit);
         }
         match (spec.capture, &self.nbd) {
-            (CaptureMode::Nbd, Some(server)) => self.nbd(server, spec, state).map_err(named),
+            (CaptureMode::Nbd, Some(server)) => self.nbd(server, local, state).map_err(named),
             (CaptureMode::Ebpf, _) => self.ebpf(local, state).map_err(named),
             _ => {
                 let source = Arc::clone(source);
@@ -113,12 +113,8 @@ impl<'a> Captures<'a> {
         self.page_sets
     }
 
-    fn nbd(
-        &self,
-        server: &NbdServer,
-        spec: &VolumeSpec,
-        state: &VolumeState,
-    ) -> Result<Box<dyn Capture>, CaptureError> {
+    fn nbd(&self, server: &NbdServer, local: &Local, state: &VolumeState) -> Result<Box<dyn Capture>, CaptureError> {
+        let Local { spec, source, .. } = local;
         let served = self.config.volumes.iter().filter(|volume| volume.capture == CaptureMode::Nbd).count() as u64;
         let listen = spec.listen.iter().map(|listen| match listen {
             Listen::Unix(path) => ListenAddr::Unix(path.clone()),
@@ -128,7 +124,7 @@ impl<'a> Captures<'a> {
             name: spec.name.clone(),
             volume: state.identity().volume,
             incarnation: state.identity().incarnation,
-            path: spec.path.clone(),
+            path: source.path().to_owned(),
             listen: listen.collect(),
             state_dir: state.directory().to_owned(),
             epoch_interval: self.config.epoch_interval,
@@ -141,7 +137,11 @@ impl<'a> Captures<'a> {
             clock: self.clock.clone(),
             hooks: self.hooks.clone(),
             events: self.events.clone(),
-            known: if state.known().close == CloseId::ZERO { Known::Nothing } else { Known::Hashes },
+            known: match state.known().close {
+                CloseId::ZERO => Known::Nothing,
+                _ if local.grew || state.must_verify() => Known::Void,
+                _ => Known::Hashes,
+            },
         };
         Ok(Box::new(server.add_export(config)?))
     }
@@ -152,13 +152,19 @@ impl Captures<'_> {
         let Local { spec, source, .. } = local;
         let hashes = state.known().close != CloseId::ZERO;
         let (pins, tracked) = tracker_directories(state);
-        let Attached { tracker, start, interrupted } = EbpfTracker::attach(&spec.path, &pins, &tracked, hashes)?;
+        let path = source.path();
+        if local.grew || state.must_verify() {
+            // Marks of a smaller disk: tracking begins anew, and the whole disk is compared.
+            let failed = |source| CaptureError::Tracking { path: path.to_owned(), source: Box::new(source) };
+            ebpf::remove_pins(&pins, &tracked).map_err(failed)?;
+        }
+        let Attached { tracker, start, interrupted } = EbpfTracker::attach(path, &pins, &tracked, hashes)?;
         if !interrupted.is_empty() {
             self.events.note(&spec.name, EventKind::TrackingLost, interrupted);
         }
         let config = LiveConfig {
             name: spec.name.clone(),
-            path: spec.path.clone(),
+            path: path.to_owned(),
             point_interval: self.config.point_interval,
             app_point_interval: self.config.app_points.0,
             freeze_limit: self.config.freeze_limit,

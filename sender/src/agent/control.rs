@@ -142,6 +142,26 @@ impl Control {
         self.header(&reply.header)
     }
 
+    /// Begins an incarnation of `disk_bytes` bytes behind `incarnation`: the volume's disk grew. Idempotent.
+    ///
+    /// # Errors
+    /// As [`Self::find_volume`].
+    pub(crate) async fn grow_volume(
+        &mut self,
+        volume: VolumeId,
+        incarnation: Incarnation,
+        disk_bytes: u64,
+    ) -> Result<VolumeHeader, AgentError> {
+        let request = pb::GrowVolumeRequest { id: volume.0.to_vec().into(), incarnation: incarnation.0, disk_bytes };
+        let reply = self.client.grow_volume(timed(request)).await;
+        let reply = reply.map_err(|status| self.failed(&status))?.into_inner();
+        let header = self.header(&reply.header)?;
+        if header.volume != volume || header.current().disk_bytes != disk_bytes {
+            return Err(self.answer("a header of another volume or size"));
+        }
+        Ok(header)
+    }
+
     /// Renews this machine's certificate where it has little time left, and keeps it in `state_dir`. True where it did.
     ///
     /// # Errors

@@ -4,6 +4,7 @@
 mod captures;
 mod control;
 mod cuts;
+mod grow;
 mod orders;
 mod prepare;
 mod rpo;
@@ -111,7 +112,7 @@ pub enum AgentError {
     /// The store has history of a volume that this state directory knows nothing of.
     #[error(
         "volume {volume} has recovery points in the store, but {} holds no state of it: use the state directory that made them, \
-         or protect the disk as a new volume, under another name", state_dir.display()
+         or take it over with `blockferry-sender adopt --volume {volume}`", state_dir.display()
     )]
     StateLost {
         /// The volume.
@@ -316,7 +317,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let mut failures = Failures { events: &events, board: &control_handle.board, last: None };
     let mut volumes = Vec::new();
     for spec in &config.volumes {
-        let begun = prepare::local(&state, spec).and_then(|local| {
+        let begun = prepare::local(&state, spec, &events).and_then(|local| {
             let capture = local.state.as_ref().map(|state| captures.make(&local, state)).transpose()?;
             Ok((local, capture))
         });
@@ -332,7 +333,8 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     control.renew_if_due(&mut enrolment, &config.state_dir, clock.now()).await?;
     let mut ready = Vec::new();
     for (mut local, capture) in volumes {
-        let prepared = prepare::prepare(&mut control, &enrolment, &key_file, &state, &mut local, clock.now()).await;
+        let prepared =
+            prepare::prepare(&mut control, &enrolment, &key_file, &state, &events, &mut local, clock.now()).await;
         let begun = prepared.and_then(|prepared| {
             let capture = match capture {
                 Some(capture) => capture,

@@ -12,9 +12,11 @@ use common::seal::keyfile::KeyFile;
 use common::seal::signing::CloseSigner;
 use common::session::ClosedEpoch;
 
-use super::AgentError;
 use super::control::Control;
+use super::{AgentError, grow};
+use crate::capture::find::{self, Found};
 use crate::capture::{Disk, Source};
+use crate::events::{EventKind, Events};
 use crate::spec::VolumeSpec;
 use crate::state::{StateDir, VolumeIdentity, VolumeState};
 
@@ -26,6 +28,8 @@ pub(super) struct Local {
     pub(super) source: Arc<Source>,
     /// Its state here; `None` for a new one.
     pub(super) state: Option<VolumeState>,
+    /// The disk is larger than the state: it grew, and a capture's own marks are of a smaller one.
+    pub(super) grew: bool,
 }
 
 /// A volume whose state and key are at hand.
@@ -35,21 +39,32 @@ pub(super) struct Prepared {
     pub(super) signer: CloseSigner,
 }
 
-/// Opens a volume's disk and, where there is one, its state.
+/// Opens a volume's state, where there is one, and its disk, wherever that is attached now.
 ///
 /// # Errors
 /// [`AgentError::Capture`], [`AgentError::State`].
-pub(super) fn local(state_dir: &StateDir, spec: &VolumeSpec) -> Result<Local, AgentError> {
-    let source =
-        Source::open(&spec.path).map_err(|source| AgentError::Capture { volume: spec.name.clone(), source })?;
+pub(super) fn local(state_dir: &StateDir, spec: &VolumeSpec, events: &Events) -> Result<Local, AgentError> {
+    let failed = |source| AgentError::Capture { volume: spec.name.clone(), source };
     let state = VolumeState::find(state_dir, &spec.name)?;
+    let recorded = state.as_ref().map(|state| &state.identity().source);
+    let Found { source, moved_to } = find::open(&spec.path, recorded).map_err(failed)?;
+    if let Some(place) = moved_to {
+        let text = format!(
+            "its disk is at {} now, not at {}: found by its serial number, WWN or UUID; a path under /dev/disk/by-id stays",
+            place.display(),
+            spec.path.display()
+        );
+        events.note(&spec.name, EventKind::DiskMoved, text);
+    }
+    let mut grew = false;
     if let Some(state) = &state {
         let identity = state.identity();
-        source
-            .check(identity.disk_bytes, &identity.source)
-            .map_err(|source| AgentError::Capture { volume: spec.name.clone(), source })?;
+        grew = source.geometry().disk_bytes() > identity.disk_bytes;
+        if !grew {
+            source.check(identity.disk_bytes, &identity.source).map_err(failed)?;
+        }
     }
-    Ok(Local { spec: spec.clone(), source: Arc::new(source), state })
+    Ok(Local { spec: spec.clone(), source: Arc::new(source), state, grew })
 }
 
 /// Finds or makes the volume in the store and its state here, and opens its data key.
@@ -61,10 +76,11 @@ pub(super) async fn prepare(
     enrolment: &Enrolment,
     key_file: &KeyFile,
     state_dir: &StateDir,
+    events: &Events,
     local: &mut Local,
     now: UnixMillis,
 ) -> Result<Prepared, AgentError> {
-    let Local { spec, source, state } = local;
+    let Local { spec, source, state, .. } = local;
     let name = spec.name.clone();
     let disk_bytes = source.geometry().disk_bytes();
     let (header, head) = match control.find_volume(&name).await? {
@@ -75,11 +91,11 @@ pub(super) async fn prepare(
             (made, CloseId::ZERO)
         }
     };
-    let size = header.current();
-    if size.disk_bytes != disk_bytes {
-        let (path, expected) = (spec.path.clone(), size.disk_bytes);
-        return Err(AgentError::SizeChanged { volume: name, path, expected, found: disk_bytes });
+    if state.as_ref().is_some_and(|state| state.identity().volume != header.volume) {
+        return Err(AgentError::AnotherVolume { volume: name, state_dir: state_dir.path().to_owned() });
     }
+    let header = grow::follow(control, events, &spec.path, header, state.as_mut(), disk_bytes).await?;
+    let size = header.current();
     let named = |source| AgentError::Key { volume: name.clone(), source };
     let data_key = key_file.unwrap(&header.wrapped_keys, header.volume, header.key_id).map_err(named)?;
     let signer = data_key.signer(header.volume);
@@ -87,8 +103,7 @@ pub(super) async fn prepare(
         return Err(named(common::seal::SealError::Unwrap { volume: header.volume }));
     }
     let state = match state.take() {
-        Some(state) if state.identity().volume == header.volume => state,
-        Some(_) => return Err(AgentError::AnotherVolume { volume: name, state_dir: state_dir.path().to_owned() }),
+        Some(state) => state,
         None if head == CloseId::ZERO => {
             let identity = VolumeIdentity {
                 fleet: header.fleet,

@@ -72,6 +72,30 @@ pub enum CaptureError {
         /// Serial number found.
         found: String,
     },
+    /// The disk is neither at its path nor anywhere else.
+    #[error(
+        "{} is not there, and no disk of this machine is named \"{serial}\": attach it again, correct the path, or end its protection with `blockferry-sender detach`",
+        path.display()
+    )]
+    Gone {
+        /// Path of the source.
+        path: PathBuf,
+        /// Name registered.
+        serial: String,
+    },
+    /// Several devices bear the disk's name.
+    #[error(
+        "{} is not the disk registered as \"{serial}\", and several are: {places}; name the one to be read, for several paths of one disk that of the multipath device",
+        path.display()
+    )]
+    Twice {
+        /// Path of the source.
+        path: PathBuf,
+        /// Name registered.
+        serial: String,
+        /// Paths that bear it.
+        places: String,
+    },
     /// A read failed.
     #[error("{}: reading {length} bytes at offset {offset} failed: {source}", path.display())]
     Read {

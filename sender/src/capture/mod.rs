@@ -10,6 +10,7 @@
 pub mod cut;
 pub mod ebpf;
 mod error;
+pub mod find;
 pub mod freeze;
 pub mod group;
 pub mod hooks;

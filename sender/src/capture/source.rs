@@ -109,7 +109,7 @@ impl Source {
             .map_err(|error| CaptureError::io("ask the sector size", path, error.into()))?;
         let sysfs =
             PathBuf::from(format!("/sys/dev/block/{}:{}", rustix::fs::major(number), rustix::fs::minor(number)));
-        let identity = SourceIdentity::Device { serial: serial(&sysfs) };
+        let identity = SourceIdentity::Device { serial: super::find::name_of(&sysfs) };
         let geometry = geometry(path, bytes)?;
         Ok(Self { path: path.to_owned(), file, kind: Kind::Device { sysfs }, geometry, sector_bytes, identity })
     }
@@ -308,21 +308,4 @@ fn geometry(path: &Path, bytes: u64) -> Result<Geometry, CaptureError> {
         found: bytes,
         limit: limits::DISK_BYTES_MAX,
     })
-}
-
-/// What names a device across reboots, as far as the kernel knows it; empty where it does not.
-pub(super) fn serial(sysfs: &Path) -> String {
-    let read = |path: PathBuf| {
-        let text = std::fs::read_to_string(path).ok()?;
-        let text: String = text.trim().chars().filter(|character| !character.is_control()).take(60).collect();
-        (!text.is_empty()).then_some(text)
-    };
-    let partition = read(sysfs.join("partition"));
-    let disk = if partition.is_some() { sysfs.join("..") } else { sysfs.to_owned() };
-    let found = ["wwid", "device/wwid", "serial", "device/serial"].iter().find_map(|name| read(disk.join(name)));
-    match (found, partition) {
-        (Some(serial), Some(partition)) => format!("{serial} partition {partition}"),
-        (Some(serial), None) => serial,
-        (None, _) => String::new(),
-    }
 }

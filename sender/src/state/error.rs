@@ -72,6 +72,16 @@ pub enum StateError {
         /// What is wrong.
         source: FormatError,
     },
+    /// The disk did not grow.
+    #[error("{} is of a disk of {expected} bytes and can't be moved to one of {found}; a disk that shrank or was replaced is a new volume, under another name", path.display())]
+    NotGrown {
+        /// Directory of the volume.
+        path: PathBuf,
+        /// Bytes of the disk that the state is of.
+        expected: u64,
+        /// Bytes of the disk that it was to be moved to.
+        found: u64,
+    },
     /// A file that belongs to something else: another volume, incarnation, key or chain of closes.
     #[error("{} does not belong here: {what} is {found}, expected {expected}; use the state directory that is current, or protect the disk as a new volume, under another name (what is in the store stays restorable)", path.display())]
     Foreign {

@@ -6,7 +6,7 @@ use common::ids::VolumeId;
 use common::session::ClosedEpoch;
 
 use super::error::StateError;
-use super::hashes::Hashes;
+use super::hashes;
 use super::{VolumeIdentity, read_identity};
 
 /// What a state directory says of one of its volumes.
@@ -35,9 +35,8 @@ pub fn glance(state_dir: &Path) -> Result<Vec<VolumeGlance>, StateError> {
         let entry = entry.map_err(|error| StateError::io("list", &path, error))?;
         let Some(volume) = entry.file_name().to_str().and_then(|name| name.parse::<VolumeId>().ok()) else { continue };
         let identity = read_identity(&entry.path().join("volume"), volume);
-        let hashes =
-            identity.as_ref().ok().and_then(|identity| Hashes::open(&entry.path().join("hashes"), identity).ok());
-        found.push(VolumeGlance { volume, identity, applied: hashes.map(|hashes| hashes.applied()) });
+        let applied = hashes::peek(&entry.path().join("hashes")).filter(|(of, _)| *of == volume);
+        found.push(VolumeGlance { volume, identity, applied: applied.map(|(_, applied)| applied) });
     }
     found.sort_unstable_by_key(|glance| glance.volume);
     Ok(found)

@@ -13,7 +13,7 @@ use common::format::state::{
     HASH_ENTRY_BYTES, HASHES_ENTRIES_OFFSET, HASHES_SLOT_BYTES, HASHES_SLOTS, HashChange, HashEntry, HashesHeader,
     VolumeIdentity,
 };
-use common::ids::{BlockIndex, CloseId, Epoch, Geometry};
+use common::ids::{BlockIndex, CloseId, Epoch, Geometry, VolumeId};
 use common::session::ClosedEpoch;
 use tracing::warn;
 
@@ -33,6 +33,12 @@ pub struct HashReader {
 }
 
 impl HashReader {
+    /// Blocks of the disk.
+    #[must_use]
+    pub fn blocks(&self) -> u64 {
+        self.blocks
+    }
+
     /// Replaces `entries` by those of `count` blocks from `first` on, as far as the disk goes. A damaged entry is logged
     /// and counts as unknown.
     ///
@@ -122,11 +128,19 @@ impl Hashes {
             Err(StateError::Foreign { path: path.to_owned(), what, expected, found })
         };
         foreign("volume", identity.volume.to_string(), header.volume.to_string())?;
-        foreign("incarnation", identity.incarnation.to_string(), header.incarnation.to_string())?;
-        foreign("disk size", identity.disk_bytes.to_string(), header.disk_bytes.to_string())?;
+        // A crash in the middle of growing leaves these behind the identity: `grow` goes on.
+        let grows = header.incarnation < identity.incarnation && header.disk_bytes < identity.disk_bytes;
+        if !grows {
+            foreign("incarnation", identity.incarnation.to_string(), header.incarnation.to_string())?;
+            foreign("disk size", identity.disk_bytes.to_string(), header.disk_bytes.to_string())?;
+        }
         let check = |check: [u8; 16]| check.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         foreign("hash key", check(identity.hash_key_check()), check(header.hash_key_check))?;
         let length = file.metadata().map_err(|error| StateError::io("stat", path, error))?.len();
+        if grows {
+            super::grow::grow_hashes(&file, path, header, length, identity)?;
+            return Self::open(path, identity);
+        }
         foreign("file length", file_bytes(identity.geometry()).to_string(), length.to_string())?;
         Ok(Self {
             file: Arc::new(file),
@@ -229,6 +243,14 @@ impl Hashes {
     }
 }
 
-fn file_bytes(geometry: Geometry) -> u64 {
+/// Volume and applied close of the file at `path`, where its header can be read. Changes nothing.
+pub(super) fn peek(path: &Path) -> Option<(VolumeId, ClosedEpoch)> {
+    let mut slots = vec![0; HASHES_SLOT_BYTES * HASHES_SLOTS];
+    File::open(path).and_then(|file| file.read_exact_at(&mut slots, 0)).ok()?;
+    let header = HashesHeader::newest(&slots).ok()?;
+    Some((header.volume, ClosedEpoch { epoch: header.applied_epoch, close: header.applied_close }))
+}
+
+pub(super) fn file_bytes(geometry: Geometry) -> u64 {
     HASHES_ENTRIES_OFFSET + geometry.blocks() * HASH_ENTRY_BYTES as u64
 }

@@ -207,7 +207,9 @@ pub(super) fn read(
     loop {
         match next_part(&mut reader, &path)? {
             JournalPart::Head(head) if !head_seen => {
-                if head != expected {
+                // A disk that grew keeps the journals of closes from before.
+                let older = head.incarnation <= identity.incarnation;
+                if (JournalHead { incarnation: identity.incarnation, ..head }) != expected || !older {
                     return Err(StateError::Foreign {
                         path,
                         what: "journal",

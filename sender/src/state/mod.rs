@@ -24,6 +24,7 @@
 mod error;
 mod files;
 mod glance;
+mod grow;
 mod hashes;
 mod journal;
 
@@ -187,6 +188,7 @@ impl VolumeState {
             return Err(StateError::Missing { path: directory });
         }
         let lock = files::lock(&directory)?;
+        grow::remove_unfinished(&directory)?;
         let identity = read_identity(&directory.join("volume"), volume)?;
         let hashes = Hashes::open(&directory.join("hashes"), &identity)?;
         let journal = directory.join("journal");
@@ -366,6 +368,7 @@ impl VolumeState {
         for journaled in &committed {
             files::remove(&journal::committed_path(&self.journal, journaled.epoch))?;
         }
+        self.note_verified(&committed)?;
         Ok(committed)
     }
 

@@ -514,3 +514,85 @@ fn a_truncated_journal_of_a_closed_epoch_is_an_error() {
         assert!(truncated, "{length} bytes: {error}");
     }
 }
+
+fn grown() -> (Incarnation, u64) {
+    (Incarnation(2), BLOCKS * limits::BLOCK_BYTES as u64 + 70_000)
+}
+
+#[test]
+fn a_grown_volume_keeps_hashes_and_closes_in_flight_and_its_new_pages_are_unknown() {
+    let (_directory, state, mut volume) = fresh();
+    let first = close_epoch(&mut volume, 1, &[pages(0, 0b11, 7), pages(BLOCKS - 1, 1 << 63, 8)]);
+    volume.commit_through(first).expect("committed");
+    let second = close_epoch(&mut volume, 2, &[pages(1, 0b1, 9)]);
+    let (incarnation, disk_bytes) = grown();
+    volume.grow(incarnation, disk_bytes).expect("room");
+    drop(volume);
+    let mut volume = VolumeState::open(&state, identity().volume).expect("it opens");
+    assert_eq!((volume.identity().incarnation, volume.identity().disk_bytes), (incarnation, disk_bytes));
+    assert!(volume.must_verify());
+    assert_eq!((volume.known().close, volume.newest().close), (first, second));
+    volume.commit_through(second).expect("a close of the smaller disk is applied");
+    let third = close_epoch(&mut volume, 3, &[pages(BLOCKS, 0b1, 5)]);
+    volume.commit_through(third).expect("the new blocks have room");
+    let mut entries = Vec::new();
+    volume.hashes.reader().read(BlockIndex(0), 2 * BLOCKS as usize, &mut entries).expect("readable");
+    assert_eq!(entries.len() as u64, BLOCKS + 1);
+    let hash = |block: u64, page: usize| entries[block as usize].0[page];
+    assert_eq!((hash(0, 1), hash(1, 0), hash(BLOCKS - 1, 63), hash(BLOCKS, 0)), ([7; 16], [9; 16], [8; 16], [5; 16]));
+    assert_eq!(hash(BLOCKS, 1), UNKNOWN_HASH);
+    assert!(volume.must_verify(), "no point was made yet");
+    let (journal, parent) = (volume.begin_journal(Epoch(4)).expect("a new epoch"), third);
+    volume.journal_close(journal, close_id(4), parent, Some(Consistency::Crash)).expect("room");
+    volume.commit_through(close_id(4)).expect("committed");
+    assert!(!volume.must_verify());
+}
+
+#[test]
+fn growth_that_a_crash_interrupted_goes_on_at_the_next_start() {
+    let (_directory, state, mut volume) = fresh();
+    let first = close_epoch(&mut volume, 1, &[pages(0, 0b11, 7)]);
+    volume.commit_through(first).expect("committed");
+    let directory = volume.directory().to_owned();
+    let before = fs::read(directory.join("hashes")).expect("readable");
+    let (incarnation, disk_bytes) = grown();
+    volume.grow(incarnation, disk_bytes).expect("room");
+    drop(volume);
+    let after = fs::read(directory.join("hashes")).expect("readable");
+    let lengthened = [&before[..], &vec![0; after.len() - before.len()]].concat();
+    // The identity was replaced, and the hashes were not touched yet, or only made longer.
+    for left in [&before, &lengthened] {
+        fs::write(directory.join("hashes"), left).expect("writable");
+        fs::write(directory.join("volume.new"), b"half").expect("writable");
+        let volume = VolumeState::open(&state, identity().volume).expect("it opens");
+        assert_eq!((volume.known().close, volume.hashes.reader().blocks()), (first, BLOCKS + 1));
+        drop(volume);
+        assert!(fs::read(directory.join("hashes")).expect("readable") == after);
+        assert!(!directory.join("volume.new").exists());
+    }
+}
+
+#[test]
+fn a_state_does_not_shrink() {
+    let (_directory, _state, mut volume) = fresh();
+    let bytes = identity().disk_bytes;
+    for (incarnation, disk_bytes) in [(2, bytes), (2, bytes - 1), (1, bytes + 1)] {
+        let error = volume.grow(Incarnation(incarnation), disk_bytes).expect_err("not grown");
+        assert!(matches!(error, StateError::NotGrown { .. }), "{error}");
+    }
+    assert!(!volume.must_verify());
+}
+
+#[test]
+fn a_glance_changes_nothing_and_tells_of_volumes_that_are_in_use_or_damaged() {
+    let (directory, _state, mut volume) = fresh();
+    let first = close_epoch(&mut volume, 1, &[pages(0, 0b11, 7)]);
+    volume.commit_through(first).expect("committed");
+    let seen = glance(directory.path()).expect("readable");
+    assert_eq!((seen.len(), seen[0].volume), (1, identity().volume));
+    assert_eq!(seen[0].applied.map(|applied| applied.close), Some(first));
+    assert_eq!(seen[0].identity.as_ref().expect("whole").name, "root");
+    fs::write(volume.directory().join("volume"), b"rubbish").expect("writable");
+    let seen = glance(directory.path()).expect("readable");
+    assert!(seen[0].identity.is_err());
+}

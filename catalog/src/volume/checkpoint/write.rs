@@ -13,7 +13,7 @@ use common::clock::Clock;
 use common::format::checkpoint::{CheckpointHead, EpochRef, LiveEntry, PAGE_BLOCKS, PageRef};
 use common::format::checkpoint::{encode_page, page_ref, renumber_page};
 use common::format::log::SegmentRef;
-use common::ids::{BlockIndex, Geometry, Incarnation, LogSeq, Nonce};
+use common::ids::{BlockIndex, Geometry, LogSeq, Nonce};
 use common::limits;
 
 use super::merge::{Candidate, merge_page};
@@ -116,7 +116,7 @@ async fn build_index(
         return Ok(Some(Index { epochs: Vec::new(), segments: Vec::new(), pages: Vec::new() }));
     };
     let statement = close.statement();
-    let (incarnation, volume) = (statement.incarnation, view.header.volume);
+    let volume = view.header.volume;
     let geometry = Geometry::new(statement.disk_bytes).expect("a decoded close has a disk size within limits");
     let previous = match view.checkpoint_at {
         LogSeq(0) => None,
@@ -126,31 +126,25 @@ async fn build_index(
         None => (Vec::new(), Vec::new(), Vec::new(), LogPosition::default(), 0),
         Some((head, head_len)) => {
             let Some(pages) = head.pages.clone() else { return Ok(None) };
-            let same_disk = head.epochs.iter().all(|epoch| epoch.incarnation == incarnation);
             let from = LogPosition {
                 seq: head.at,
                 digest: head.entry_digest,
                 generation: head.generation,
                 head: head.head.clone(),
             };
-            let old =
-                if same_disk { pages.into_iter().map(|page| (page.first_block, page)).collect() } else { Vec::new() };
-            if same_disk {
-                (head.epochs.clone(), head.segments.clone(), old, from, head_len)
-            } else {
-                (Vec::new(), Vec::new(), old, from, head_len)
-            }
+            let old = pages.into_iter().map(|page| (page.first_block, page)).collect();
+            (head.epochs.clone(), head.segments.clone(), old, from, head_len)
         }
     };
     let old_tables = OldTables { epochs: epochs.clone(), segments: segments.clone() };
-    let new = read_new_epochs(store, view, from, incarnation, &mut epochs, &mut segments).await?;
+    let new = read_new_epochs(store, view, from, &mut epochs, &mut segments).await?;
     let old_pages: HashMap<BlockIndex, PageRef> = old_pages.into_iter().collect();
     let mut pages: Vec<(BlockIndex, Vec<u8>)> = Vec::new();
     let (mut held, mut start) = (0_u64, 0_u64);
     let end = geometry.blocks().div_ceil(PAGE_BLOCKS);
     while start < end {
         let (mut candidates, stop) =
-            gather(store, view, incarnation, &epochs, &segments, &new, start..end, bounds.merge_bytes_max).await?;
+            gather(store, view, &epochs, &segments, &new, start..end, bounds.merge_bytes_max).await?;
         for page in start..stop {
             let first_block = BlockIndex(page * PAGE_BLOCKS);
             let newer = candidates.remove(&page).unwrap_or_default();
@@ -210,12 +204,12 @@ impl OldTables {
     }
 }
 
-/// Reads the entries after `from`, appends their epochs of `incarnation` and segments to the tables.
+/// Reads the entries after `from`, appends their epochs and segments to the tables. A page's newest record may be of any
+/// incarnation: what did not change when the disk grew is not sent again.
 async fn read_new_epochs(
     store: &Store,
     view: &VolumeView,
     from: LogPosition,
-    incarnation: Incarnation,
     epochs: &mut Vec<EpochRef>,
     segments: &mut Vec<SegmentRef>,
 ) -> Result<Vec<NewEpoch>, CheckpointError> {
@@ -228,19 +222,17 @@ async fn read_new_epochs(
         segments.extend(read.entry.segments);
         for committed in read.entry.epochs {
             let statement = committed.close.statement();
-            if statement.incarnation == incarnation {
-                new.push(NewEpoch {
-                    epoch: epochs.len() as u32,
-                    segments: committed.segments.iter().map(|index| first + index).collect(),
-                });
-                epochs.push(EpochRef {
-                    epoch: statement.epoch,
-                    incarnation,
-                    key_id: statement.key_id,
-                    salt: statement.salt,
-                    close: committed.close.id(),
-                });
-            }
+            new.push(NewEpoch {
+                epoch: epochs.len() as u32,
+                segments: committed.segments.iter().map(|index| first + index).collect(),
+            });
+            epochs.push(EpochRef {
+                epoch: statement.epoch,
+                incarnation: statement.incarnation,
+                key_id: statement.key_id,
+                salt: statement.salt,
+                close: committed.close.id(),
+            });
         }
     }
     Ok(new)
@@ -248,11 +240,9 @@ async fn read_new_epochs(
 
 /// Candidates by page from `pages.start` on, and the page behind the last one that is complete: where they take more than
 /// `bytes_max`, pages at the end are left for the next pass.
-#[expect(clippy::too_many_arguments, reason = "one pass over all that the index is built from")]
 async fn gather(
     store: &Store,
     view: &VolumeView,
-    incarnation: Incarnation,
     epochs: &[EpochRef],
     segments: &[SegmentRef],
     new: &[NewEpoch],
@@ -262,7 +252,7 @@ async fn gather(
     let mut found: BTreeMap<u64, Vec<Candidate>> = BTreeMap::new();
     let (mut stop, mut held) = (pages.end, 0_u64);
     for epoch in new {
-        let number = epochs[epoch.epoch as usize].epoch;
+        let EpochRef { epoch: number, incarnation, .. } = epochs[epoch.epoch as usize];
         for &place in &epoch.segments {
             let index = segment::read_index(store, &segments[place as usize]).await?;
             for entry in segment::epoch_entries(&index, view.header.volume, incarnation, number) {

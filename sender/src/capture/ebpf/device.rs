@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use common::ids::Geometry;
 
-use super::super::source;
+use super::super::find;
 use super::error::TrackerError;
 
 const SECTOR_BYTES: u64 = 512;
@@ -72,7 +72,7 @@ impl DeviceId {
             partition,
             start_sector,
             bytes,
-            serial: source::serial(&own),
+            serial: find::name_of(&own),
             disk_sequence: read_number(&disk.join("diskseq")),
             kind,
         };
