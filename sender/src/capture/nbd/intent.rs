@@ -185,11 +185,15 @@ impl LogStore for LogFile {
     }
 
     fn remove(&self) -> io::Result<()> {
-        match std::fs::remove_file(&self.path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-            _ => {}
-        }
-        sync_parent(&self.path)
+        remove_file(&self.path)
+    }
+}
+
+/// Removes a log's file, durably; no effect where there is none.
+pub(super) fn remove_file(path: &Path) -> io::Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+        _ => sync_parent(path),
     }
 }
 

@@ -91,12 +91,7 @@ pub enum Known {
 /// [`CaptureError`] where it stays.
 pub fn forget(state_dir: &Path) -> Result<(), CaptureError> {
     let path = state_dir.join(INTENT_FILE);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(CaptureError::io("remove the write-intent log", &path, error))
-        }
-        _ => Ok(()),
-    }
+    intent::remove_file(&path).map_err(|error| CaptureError::io("remove the write-intent log", &path, error))
 }
 
 /// What an export is made of.
@@ -262,7 +257,10 @@ impl NbdCapture {
     fn cut(&mut self) -> Cut {
         let point = !self.export.core().is_backfilling();
         let mut group = None;
-        if point && let Some(asked) = self.wishes.iter().find_map(|wish| wish.group.clone()) {
+        let mut groups = self.wishes.iter().filter_map(|wish| wish.group.clone());
+        if point && let Some(asked) = groups.next() {
+            // One cut can be the instant of one group.
+            groups.filter(|other| other.point != asked.point).for_each(|other| other.give_up());
             self.export.hold(true);
             if asked.arrive(GROUP_PATIENCE) {
                 group = Some(asked);

@@ -76,6 +76,21 @@ fn empty_log(identity: &LogIdentity) -> (IntentLog, Arc<MemoryLog>) {
 }
 
 #[test]
+fn the_bytes_of_a_log_are_these() {
+    // docs/formats/write-intent.md: a disk of 3 MiB and a byte, so that bits of four regions are set.
+    let (_, bytes) = all_set(&identity((3 << 20) + 1));
+    let mut expected = b"BFINTENT\x01\0\0\0\0\x10\0\0".to_vec();
+    expected.extend_from_slice(&[7; 16]);
+    expected.extend_from_slice(&[2, 0, 0, 0, 0, 0, 0x10, 0, 1, 0, 0x30, 0, 0, 0, 0, 0]);
+    expected.resize(4092, 0);
+    expected.extend_from_slice(&0x0971_c533_u32.to_le_bytes());
+    expected.extend_from_slice(&0x10dc_77cd_u32.to_le_bytes());
+    expected.extend_from_slice(&[0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0x0f]);
+    expected.resize(8192, 0);
+    assert!(bytes == expected);
+}
+
+#[test]
 fn a_bit_is_durable_before_the_write_may_go_on_and_marks_that_region_alone() {
     let identity = identity(40 * GIB + 5);
     let (log, store) = empty_log(&identity);
