@@ -19,6 +19,7 @@ use crate::capture::hooks::Hooks;
 use crate::capture::live::{Attached, EbpfTracker, LiveCapture, LiveConfig};
 use crate::capture::nbd::{self, Known, ListenAddr, NbdConfig, NbdServer};
 use crate::capture::scan::ScanCapture;
+use crate::capture::snapshot::{LvmTools, LvmVolume, Snapshotter};
 use crate::capture::{CaptureError, Disk, Source};
 use crate::config::RunConfig;
 use crate::events::{EventKind, Events};
@@ -103,7 +104,8 @@ impl<'a> Captures<'a> {
             (CaptureMode::Ebpf, _) => self.ebpf(local, state).map_err(named),
             _ => {
                 let source = Arc::clone(source);
-                Ok(Box::new(ScanCapture::new(source, self.clock.clone(), self.config.point_interval)))
+                let scan = ScanCapture::new(source, self.clock.clone(), self.config.point_interval);
+                Ok(Box::new(scan.with_clones_of(&spec.path)))
             }
         }
     }
@@ -169,6 +171,7 @@ impl Captures<'_> {
             app_point_interval: self.config.app_points.0,
             freeze_limit: self.config.freeze_limit,
             hooks: self.hooks.clone(),
+            snapshots: self.snapshots(spec, state),
             watchdog: WatchdogCommand::default(),
             budget: self.budget.clone(),
             clock: self.clock.clone(),
@@ -176,6 +179,19 @@ impl Captures<'_> {
             start,
         };
         Ok(Box::new(LiveCapture::new(config, Arc::<Source>::clone(source), tracker)))
+    }
+}
+
+impl Captures<'_> {
+    /// What takes snapshots of a volume's device, where it is a logical volume.
+    fn snapshots(&self, spec: &VolumeSpec, state: &VolumeState) -> Option<Arc<dyn Snapshotter>> {
+        match LvmVolume::of(&spec.path, &state.identity().volume.to_string(), LvmTools::default()) {
+            Ok(volume) => volume.map(|volume| Arc::new(volume) as Arc<dyn Snapshotter>),
+            Err(error) => {
+                self.events.note(&spec.name, EventKind::FreezeFailed, format!("no snapshots of this volume: {error}"));
+                None
+            }
+        }
     }
 }
 

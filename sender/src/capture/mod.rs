@@ -18,6 +18,7 @@ pub mod live;
 pub mod nbd;
 pub mod rest;
 pub mod scan;
+pub mod snapshot;
 mod source;
 
 #[cfg(test)]

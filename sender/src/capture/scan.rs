@@ -1,5 +1,6 @@
 //! `scan`: the whole disk is read, and each page compared with what is known of it. Needs nothing from the kernel.
 
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -17,6 +18,7 @@ use super::cut::{
     PointWish,
 };
 use super::error::CaptureError;
+use super::snapshot::{SnapshotError, clone_image};
 use super::{Disk, RestProbe};
 
 /// Blocks read at a time: 1 MiB reads are where disks and kernels stop gaining.
@@ -166,6 +168,8 @@ pub struct ScanCapture {
     last: u64,
     committed_once: bool,
     changed: Arc<Notify>,
+    /// An image file that is read from a clone, as long as its file system can make one.
+    clones_of: Option<PathBuf>,
 }
 
 impl ScanCapture {
@@ -174,7 +178,42 @@ impl ScanCapture {
     pub fn new(disk: Arc<dyn Disk>, clock: Clock, interval: Duration) -> Self {
         let changed = Arc::new(Notify::new());
         let due = Instant::now();
-        Self { disk, clock, interval, due, wished: false, under_way: None, last: 0, committed_once: false, changed }
+        Self {
+            disk,
+            clock,
+            interval,
+            due,
+            wished: false,
+            under_way: None,
+            last: 0,
+            committed_once: false,
+            changed,
+            clones_of: None,
+        }
+    }
+
+    /// Reads each pass from a clone of the image file at `path`, where it is one and its file system shares blocks between
+    /// files: then the pass is crash consistent whoever writes the file meanwhile.
+    #[must_use]
+    pub fn with_clones_of(mut self, path: &Path) -> Self {
+        self.clones_of = path.is_file().then(|| path.to_owned());
+        self
+    }
+
+    /// What the next pass reads.
+    fn pass_disk(&mut self) -> Arc<dyn Disk> {
+        let Some(path) = &self.clones_of else { return Arc::clone(&self.disk) };
+        match clone_image(path) {
+            Ok(clone) if clone.geometry() == self.disk.geometry() => return Arc::new(clone),
+            // The pass finds that the size changed.
+            Ok(_) => {}
+            Err(error @ SnapshotError::NoClones { .. }) => {
+                tracing::debug!(%error, "read as it is");
+                self.clones_of = None;
+            }
+            Err(error) => tracing::warn!(%error, "the file is read as it is this time"),
+        }
+        Arc::clone(&self.disk)
     }
 
     async fn next_pass(&mut self) -> Result<Cut, CaptureError> {
@@ -191,8 +230,9 @@ impl ScanCapture {
         let id = CutId(self.last);
         self.under_way = Some(id);
         // Waits some milliseconds at most.
-        let rest = self.disk.watch_rest();
-        let pages = WholeDisk { disk: Arc::clone(&self.disk), next: AtomicU64::new(0), rest: Mutex::new(Some(rest)) };
+        let disk = self.pass_disk();
+        let rest = disk.watch_rest();
+        let pages = WholeDisk { disk, next: AtomicU64::new(0), rest: Mutex::new(Some(rest)) };
         Ok(Cut {
             id,
             pages: Arc::new(pages),

@@ -27,7 +27,7 @@ use std::time::Duration;
 use common::error::{Dispose, Disposition};
 use tracing::{debug, info, warn};
 
-mod run;
+pub(in crate::capture) mod run;
 
 #[cfg(test)]
 mod tests;

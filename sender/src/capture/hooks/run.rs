@@ -15,7 +15,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(10);
 
 /// How a program ended.
 #[derive(Debug)]
-pub(super) enum Ended {
+pub(in crate::capture) enum Ended {
     /// By itself.
     Status(ExitStatus),
     /// It was killed at the limit.
@@ -24,14 +24,14 @@ pub(super) enum Ended {
 
 /// What came of a program.
 #[derive(Debug)]
-pub(super) struct Finished {
-    pub(super) ended: Ended,
+pub(in crate::capture) struct Finished {
+    pub(in crate::capture) ended: Ended,
     output: Vec<u8>,
 }
 
 impl Finished {
     /// What it printed, without control characters.
-    pub(super) fn text(&self) -> String {
+    pub(in crate::capture) fn text(&self) -> String {
         let text = String::from_utf8_lossy(&self.output);
         text.trim().chars().filter(|character| !character.is_control() || *character == '\n').collect()
     }
@@ -39,7 +39,7 @@ impl Finished {
 
 /// Runs a program in a process group of its own, which is killed at the limit. Waits for the program, not for what it may
 /// have left in the background.
-pub(super) fn run(command: &mut Command, timeout: Duration, output_max: usize) -> io::Result<Finished> {
+pub(in crate::capture) fn run(command: &mut Command, timeout: Duration, output_max: usize) -> io::Result<Finished> {
     let (mut reader, writer) = io::pipe()?;
     command.stdin(Stdio::null()).stdout(writer.try_clone()?).stderr(writer).process_group(0);
     let spawned = spawn(command);

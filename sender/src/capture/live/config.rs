@@ -1,6 +1,7 @@
 //! What a live capture is made with.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use common::budget::Budget;
@@ -9,6 +10,7 @@ use common::pages::PageSet;
 
 use crate::capture::freeze::watchdog::WatchdogCommand;
 use crate::capture::hooks::Hooks;
+use crate::capture::snapshot::Snapshotter;
 use crate::events::Events;
 
 /// What is known of the disk when a capture begins.
@@ -37,6 +39,8 @@ pub struct LiveConfig {
     pub freeze_limit: Duration,
     /// Hooks that bring an application to rest.
     pub hooks: Option<Hooks>,
+    /// Takes snapshots of the disk, where it is one that can be: for points where a freeze is not to be had.
+    pub snapshots: Option<Arc<dyn Snapshotter>>,
     /// How the watchdog is started.
     pub watchdog: WatchdogCommand,
     /// Memory of the process.

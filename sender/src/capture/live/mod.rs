@@ -204,6 +204,7 @@ impl<T: ChangeTracker> LiveCapture<T> {
         if self.wish.is_none() && self.attempt.is_none() && now < self.next_point {
             return Ok(Step::Wait(self.next_point));
         }
+        self.disk.check_size()?;
         let users = mounts::find(&self.config.path)
             .map_err(|error| CaptureError::io("look who uses the device", &self.config.path, error))?;
         super::freeze::flush(&users.mounts);
@@ -227,7 +228,10 @@ impl<T: ChangeTracker> LiveCapture<T> {
         }
         if raw {
             let why = "no file system on the device is mounted, so there is nothing to freeze";
-            return self.unfrozen_cut(why).map(Step::Cut);
+            return match self.snapshot_cut(why)? {
+                Some(cut) => Ok(Step::Cut(cut)),
+                None => self.unfrozen_cut(why).map(Step::Cut),
+            };
         }
         if self.attempt.as_ref().is_some_and(Attempt::wants_hooks) {
             return Ok(Step::Hold);
@@ -315,6 +319,39 @@ impl<T: ChangeTracker> LiveCapture<T> {
         Ok(cut)
     }
 
+    /// A cut of what is marked, read from a snapshot: crash consistent. `None` where there are no snapshots of this disk, or none
+    /// can be had now.
+    fn snapshot_cut(&mut self, why: &str) -> Result<Option<Cut>, CaptureError> {
+        let Some(snapshots) = self.config.snapshots.clone() else { return Ok(None) };
+        // Before: so that little is marked while the snapshot is taken.
+        let before = self.tracker().swap()?.pages;
+        self.pending.extend(&before);
+        let snapshot = match snapshots.take() {
+            Ok(snapshot) if snapshot.geometry() == self.geometry => snapshot,
+            other => {
+                let problem = other.err().map_or_else(|| "it has another size".to_owned(), |error| error.to_string());
+                self.config.events.note(&self.config.name, EventKind::FreezeFailed, format!("no snapshot: {problem}"));
+                return Ok(None);
+            }
+        };
+        // And after: what changed in between is in the snapshot, and what changed since then has to come again.
+        let between = self.tracker().swap()?.pages;
+        let mut set = std::mem::replace(&mut self.pending, between);
+        set.extend(&self.pending);
+        let pages = Arc::new(set);
+        let content = DiskPages {
+            disk: Arc::from(snapshot),
+            pieces: Pieces::new(Arc::clone(&pages)),
+            on_their_way: self.on_their_way(),
+            speed: self.speed.clone(),
+            quiet: None,
+        };
+        let mut cut = self.hand_out(pages, Arc::new(content), Asserts::Point(Consistency::Crash));
+        self.give_up_group();
+        self.finish_attempt(&mut cut, why);
+        Ok(Some(cut))
+    }
+
     /// Pages of cuts that are not committed.
     fn on_their_way(&self) -> PageSet {
         let mut union = PageSet::empty(self.geometry);
@@ -360,6 +397,9 @@ impl<T: ChangeTracker> LiveCapture<T> {
     }
 
     fn without_freeze(&mut self, reason: &str) -> Result<Step, CaptureError> {
+        if let Some(cut) = self.snapshot_cut(reason)? {
+            return Ok(Step::Cut(cut));
+        }
         self.warning = format!("no consistent point: {reason}");
         if self.wish.is_some() {
             return self.unfrozen_cut(reason).map(Step::Cut);

@@ -194,6 +194,7 @@ fn config(path: &Path) -> LiveConfig {
         app_point_interval: None,
         freeze_limit: LIMIT,
         hooks: None,
+        snapshots: None,
         watchdog: watchdog(),
         budget: budget(),
         clock: Clock::System,
@@ -447,6 +448,53 @@ async fn a_rest_that_never_fits_gives_no_point_of_its_own_and_a_fuzzy_one_where_
     assert!(!bench.capture.status().warning.is_empty());
     writer.stop();
     assert!(events.recent(100).iter().any(|event| event.kind == EventKind::WeakerPoint));
+}
+
+/// Copies the device, and writes to it right before and right after, as its users would.
+#[derive(Debug)]
+struct Copies {
+    path: PathBuf,
+    taken: Mutex<Vec<u8>>,
+    number: AtomicU64,
+}
+
+impl crate::capture::snapshot::Snapshotter for Copies {
+    fn take(&self) -> Result<Box<dyn Disk>, crate::capture::snapshot::SnapshotError> {
+        let number = self.number.fetch_add(2, Ordering::Relaxed);
+        overwrite(&self.path, 3 * PAGE_BYTES as u64, &noise(number, PAGE_BYTES));
+        let taken = content(&Source::open(&self.path)?);
+        overwrite(&self.path, 7 * PAGE_BYTES as u64, &noise(number + 1, PAGE_BYTES));
+        let file = image(&taken);
+        let source = Source::open(&file)?;
+        *self.taken.lock().expect("no panic") = taken;
+        Ok(Box::new(source))
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_point_of_a_snapshot_is_the_snapshot_and_what_was_written_around_it_is_in_the_next_one() {
+    let file = image(&noise(1, 4 * BLOCK_BYTES));
+    let device = LoopDevice::attach(&file);
+    let copies = Arc::new(Copies { path: device.path.clone(), taken: Mutex::default(), number: AtomicU64::new(100) });
+    let mut config = config(&device.path);
+    let snapshots: Arc<dyn crate::capture::snapshot::Snapshotter> = copies.clone();
+    config.snapshots = Some(snapshots);
+    config.point_interval = Duration::from_secs(3600);
+    let mut bench = Bench::new(config);
+    for round in 0..4 {
+        bench.wish(Consistency::Crash);
+        let (cut, consistency) = bench.point().await;
+        assert_eq!((consistency, cut.weaker.as_str()), (Consistency::Crash, ""));
+        assert!(*copies.taken.lock().expect("no panic") == bench.replica, "round {round}");
+        assert!(content(&Source::open(&device.path).expect("a device")) != bench.replica, "it went on");
+        if round % 2 == 0 {
+            bench.capture.committed(cut.id).expect("noted");
+            assert!(
+                !bench.shared.sets.lock().expect("no panic").is_empty(),
+                "what was written after it is not forgotten"
+            );
+        }
+    }
 }
 
 fn hook_dir(pre: &str, post: &str) -> tempfile::TempDir {
