@@ -313,6 +313,10 @@ impl World {
                 ReceiverEvent::DropEpoch(epoch) => {
                     self.durable.records.remove(&epoch);
                 }
+                ReceiverEvent::ForgetEpoch(epoch) => {
+                    self.durable.records.remove(&epoch);
+                    self.receiver.handle_forgotten(epoch);
+                }
                 ReceiverEvent::Opened { .. } => {}
                 ReceiverEvent::Ended { code, text } => assert!(self.strange, "ended: {code:?} {text}"),
             }

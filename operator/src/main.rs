@@ -2,6 +2,7 @@
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+common::configure_jemalloc!();
 
 fn main() -> std::process::ExitCode {
     blockferry_operator::cli::main()

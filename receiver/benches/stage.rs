@@ -23,6 +23,7 @@ use tokio::sync::{Semaphore, oneshot};
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+common::configure_jemalloc!();
 
 const VOLUMES: u8 = 50;
 /// Records of one volume that wait to be acknowledged.

@@ -67,6 +67,9 @@ pub struct FleetArgs {
     /// The object store
     #[arg(long, value_name = "URL", env = "BLOCKFERRY_STORE")]
     pub store: Option<String>,
+    /// Further certificate authorities (PEM) to trust for the store's endpoint
+    #[arg(long, value_name = "FILE", env = "BLOCKFERRY_STORE_CA")]
+    pub store_ca: Option<PathBuf>,
 }
 
 /// `passphrase …`

@@ -6,26 +6,32 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use catalog::store::{Store, StoreError, StoreOptions};
 use common::budget::{self, Budget, BudgetError, MemoryTable};
 use common::limits;
 use common::net::quic::{Congestion, QuicTuning};
 use common::net::resolve::{HostPort, PORT_DEFAULT};
+use common::ops::config::FileError;
 use common::ops::logging::{LogFormat, LogLevel};
 use common::units::{BudgetSpec, ByteCount, DurationText};
 use serde::Deserialize;
 
+use crate::accept::window_of;
 use crate::cli::{CONFIG_DEFAULT, FleetArgs, RunArgs};
 
 const METRICS_PORT_DEFAULT: u16 = 9464;
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle receiver, rounded up.
 const BASE_BYTES: u64 = 32 << 20;
-/// Smallest budget of a receiver. With half of it (the senders' minimum) resident memory was measured at 95 MiB.
+/// Smallest budget of a receiver; its resident memory peaks at some 100 MiB then (tests/tests/memory.rs).
 const BUDGET_MIN: ByteCount = ByteCount(128 << 20);
-/// Share of the budget for RocksDB and the stage's index, as a divisor.
+/// Of what the program itself leaves, for what allocations take beyond what was asked for, as a divisor: a full record of
+/// 256 KiB takes up to 320 KiB, jemalloc's next size.
+const ALLOCATOR_SHARE: u64 = 6;
+/// For RocksDB and the stage's index.
 const STAGE_SHARE: u64 = 4;
-/// Share of the budget for unread bytes of QUIC streams, as a divisor.
-const QUIC_SHARE: u64 = 8;
-/// Share of the budget for segments under construction and upload, as a divisor.
+/// For unread bytes of QUIC streams, of all connections together.
+const QUIC_SHARE: u64 = 12;
+/// For segments under construction and upload.
 const SEGMENT_SHARE: u64 = 4;
 /// Smallest stage.
 const STAGE_CAPACITY_MIN: ByteCount = ByteCount(crate::stage::CAPACITY_BYTES_MIN);
@@ -35,22 +41,9 @@ const STAGE_CAPACITY_DEFAULT_MAX: u64 = 64 << 30;
 /// What is wrong with the configuration. All of it is exit code 2.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file can't be read.
-    #[error("cannot read the configuration {}: {source}; check --config", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
-    },
-    /// The file's content is wrong.
-    #[error("configuration {}: {problem}", path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What and where.
-        problem: String,
-    },
+    /// The configuration file.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Values that do not fit together.
     #[error("{0}")]
     Invalid(String),
@@ -65,6 +58,7 @@ pub enum ConfigError {
 pub struct FileConfig {
     data_dir: Option<PathBuf>,
     store: Option<String>,
+    store_ca: Option<PathBuf>,
     listen: Option<SocketAddr>,
     advertise: Option<String>,
     metrics_listen: Option<SocketAddr>,
@@ -85,16 +79,9 @@ impl FileConfig {
     /// Reads `path`, or the default place if there is a file there.
     ///
     /// # Errors
-    /// [`ConfigError::Unreadable`], [`ConfigError::Malformed`].
+    /// [`ConfigError::File`].
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let (path, chosen) = path.map_or((Path::new(CONFIG_DEFAULT), false), |path| (path, true));
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if !chosen && error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(ConfigError::Unreadable { path: path.into(), source }),
-        };
-        toml::from_str(&text)
-            .map_err(|error| ConfigError::Malformed { path: path.into(), problem: error.to_string().trim().to_owned() })
+        Ok(common::ops::config::load(path, Path::new(CONFIG_DEFAULT))?)
     }
 }
 
@@ -105,22 +92,42 @@ pub struct FleetConfig {
     pub data_dir: PathBuf,
     /// The store's URL.
     pub store: String,
+    /// A file of further authorities for the store's endpoint, and what it holds.
+    pub store_ca: Option<(PathBuf, Vec<u8>)>,
 }
 
 impl FleetConfig {
     /// Merges and validates.
     ///
     /// # Errors
-    /// [`ConfigError::Invalid`] where one is missing.
+    /// [`ConfigError::Invalid`] where one is missing, or the file of authorities can't be read.
     pub fn resolve(args: &FleetArgs, file: &FileConfig) -> Result<Self, ConfigError> {
         let missing =
             |flag: &str, example: &str| ConfigError::Invalid(format!("{flag} is missing: pass {flag} {example}"));
         let data_dir = args.data_dir.clone().or_else(|| file.data_dir.clone());
         let store = args.store.clone().or_else(|| file.store.clone());
+        let store_ca = args.store_ca.clone().or_else(|| file.store_ca.clone());
+        let store_ca = store_ca.map(|path| match std::fs::read(&path) {
+            Ok(pem) => Ok((path, pem)),
+            Err(error) => {
+                let path = path.display();
+                Err(ConfigError::Invalid(format!("--store-ca {path}: {error}; pass a file of certificates in PEM")))
+            }
+        });
         Ok(Self {
             data_dir: data_dir.ok_or_else(|| missing("--data-dir", "DIR, such as /var/lib/blockferry/receiver"))?,
             store: store.ok_or_else(|| missing("--store", "URL, such as file:///srv/blockferry"))?,
+            store_ca: store_ca.transpose()?,
         })
+    }
+
+    /// Opens the store.
+    ///
+    /// # Errors
+    /// [`StoreError`].
+    pub async fn open_store(&self) -> Result<Store, StoreError> {
+        let ca_pem = self.store_ca.as_ref().map(|(_, pem)| pem.clone());
+        Store::open_with(&self.store, StoreOptions { ca_pem }).await
     }
 }
 
@@ -145,6 +152,8 @@ pub struct RunConfig {
     pub upload_concurrency: usize,
     /// QUIC's settings.
     pub quic: QuicTuning,
+    /// Of the memory budget, for unread bytes of all connections together.
+    pub quic_memory_bytes: u64,
     /// This receiver's name.
     pub name: String,
     /// How the memory budget is divided.
@@ -170,11 +179,14 @@ impl RunConfig {
             return Err(BudgetError::BelowMinimum { spec, found, effective, minimum }.into());
         }
         let total = found.bytes();
-        let quic_bytes = (total / QUIC_SHARE).clamp(8 << 20, 64 << 20);
-        let stage_memory_bytes = (total / STAGE_SHARE).clamp(16 << 20, 512 << 20);
-        let segment_memory_bytes = (total / SEGMENT_SHARE).clamp(16 << 20, 1 << 30);
+        // What is clamped goes to payload.
+        let rest = total - BASE_BYTES;
+        let quic_bytes = (rest / QUIC_SHARE).min(64 << 20);
+        let stage_memory_bytes = (rest / STAGE_SHARE).min(512 << 20);
+        let segment_memory_bytes = (rest / SEGMENT_SHARE).min(1 << 30);
         let memory = MemoryTable::new(total)
             .with("program", BASE_BYTES)
+            .with("allocator", rest / ALLOCATOR_SHARE)
             .with("stage (RocksDB, index)", stage_memory_bytes)
             .with("QUIC receive windows", quic_bytes)
             .with("segments under upload", segment_memory_bytes);
@@ -206,8 +218,8 @@ impl RunConfig {
         let name = args.name.clone().or_else(|| file.name.clone()).unwrap_or_else(host_name);
         common::net::identity::check_name(&name).map_err(|error| invalid(format!("--name: {error}")))?;
         let quic = QuicTuning {
-            connection_window_bytes: u32::try_from(quic_bytes / 2).unwrap_or(8 << 20).min(8 << 20),
-            stream_window_bytes: u32::try_from(quic_bytes / 4).unwrap_or(4 << 20).min(4 << 20),
+            connection_window_bytes: window_of(quic_bytes, 1),
+            stream_window_bytes: window_of(quic_bytes, 1) / 2,
             send_window_bytes: 1 << 20,
             congestion,
             ..QuicTuning::default()
@@ -230,6 +242,7 @@ impl RunConfig {
                 .map_or(Duration::from_secs(1), DurationText::get),
             upload_concurrency: concurrency,
             quic,
+            quic_memory_bytes: quic_bytes,
             name,
             memory,
             stage_memory_bytes,
@@ -255,6 +268,9 @@ impl fmt::Display for RunConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "data_dir = {:?}", self.fleet.data_dir)?;
         writeln!(f, "store = {:?}", self.fleet.store)?;
+        if let Some((path, _)) = &self.fleet.store_ca {
+            writeln!(f, "store_ca = {path:?}")?;
+        }
         writeln!(f, "listen = \"{}\"", self.listen)?;
         if let Some(advertise) = &self.advertise {
             writeln!(f, "advertise = \"{advertise}\"")?;
@@ -296,7 +312,7 @@ mod tests {
 
     #[test]
     fn flags_override_the_file_and_the_result_reads_back_the_same() {
-        let flags = [&FLEET[..], &["--segment-size", "64MiB", "--memory-budget", "512MiB"]].concat();
+        let flags = [&FLEET[..], &["--segment-size", "64MiB", "--memory-budget", "768MiB"]].concat();
         let config = resolve(&flags, "segment_size = \"16MiB\"\nname = \"ps-1\"\n").expect("valid");
         assert_eq!((config.segment_bytes, config.name.as_str()), (64 << 20, "ps-1"));
         let again = resolve(&[], &config.to_string()).expect("what is printed is valid");
@@ -319,6 +335,7 @@ mod tests {
             (&["--data-dir", "/d", "--store", "file:///s", "--stage-capacity", "1MiB"], "--stage-capacity"),
             (&["--data-dir", "/d", "--store", "file:///s", "--memory-budget", "100MiB"], "128"),
             (&["--data-dir", "/d", "--store", "file:///s", "--name", "a b"], "--name"),
+            (&["--data-dir", "/d", "--store", "s3://b", "--store-ca", "/nowhere/ca.pem"], "/nowhere/ca.pem"),
         ] {
             let error = resolve(flags, "").expect_err("invalid").to_string();
             assert!(error.contains(named), "{error:?} does not name {named}");

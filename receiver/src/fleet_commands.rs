@@ -1,7 +1,7 @@
 //! `passphrase …` and `machines …`: what an operator does with the fleet, from the store and `authority.key` alone.
 
 use catalog::fleet::{Fleet, FleetError};
-use catalog::store::{Store, StoreError};
+use catalog::store::StoreError;
 use common::clock::Clock;
 use common::net::passphrase::PassphraseId;
 
@@ -23,7 +23,7 @@ pub enum CommandError {
 }
 
 async fn open(config: &FleetConfig) -> Result<Fleet, CommandError> {
-    let store = Store::open(&config.store).await?;
+    let store = config.open_store().await?;
     Ok(Fleet::open_or_create(&store, &config.data_dir, Clock::System).await?)
 }
 

@@ -9,6 +9,11 @@ use receiver::server::{self, ServerError};
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+common::configure_jemalloc!();
+
+/// Threads for file work. Each has a stack of its own in memory; who waits for a turn at the stage or the local store holds
+/// one meanwhile.
+const BLOCKING_THREADS_MAX: usize = 256;
 
 /// Why the command failed, by what its exit code is.
 #[derive(Debug, thiserror::Error)]
@@ -52,7 +57,10 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
     let file = FileConfig::load(cli.config.as_deref())?;
     let (level, format) = cli.log.effective(file.log_level.clone(), file.log_format);
     common::ops::logging::init(&level, format)?;
-    let runtime = || tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Error::Runtime);
+    let runtime = || {
+        let mut builder = tokio::runtime::Builder::new_multi_thread();
+        builder.max_blocking_threads(BLOCKING_THREADS_MAX).enable_all().build().map_err(Error::Runtime)
+    };
     match &cli.command {
         Command::Run(args) => {
             let config = RunConfig::resolve(args, &file)?;

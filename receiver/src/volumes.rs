@@ -13,6 +13,7 @@ mod volume;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use common::budget::Permit;
 use common::error::{Dispose, Disposition};
@@ -108,6 +109,8 @@ pub trait Staging: Send + Sync + 'static {
     fn close(&self, header: Arc<VolumeHeader>, close: Close) -> Pending<()>;
     /// Forgets an epoch that will not be committed.
     fn drop_epoch(&self, volume: VolumeId, epoch: Epoch) -> Pending<()>;
+    /// Gives up the room of an open epoch of which more may come.
+    fn forget_open(&self, volume: VolumeId, epoch: Epoch) -> Pending<()>;
     /// Frees the epochs up to this one, which are committed.
     fn release(&self, volume: VolumeId, up_to: Epoch) -> Pending<()>;
     /// Notes which session writes the volume.
@@ -240,6 +243,22 @@ impl Volumes {
             volume.end(code, text);
             volume.stop();
         }
+    }
+
+    /// Makes room in the stage: the open epochs of one volume are given up, that whose sender is away for longest, and for at
+    /// least `grace`. Its sender, if it ever comes back, sends their pages anew. Returns the volume and how many epochs.
+    pub fn shed(&self, grace: Duration) -> Option<(VolumeId, usize)> {
+        let mut away: Vec<_> = {
+            let slots = self.lock();
+            let loaded = slots.values().filter_map(|slot| slot.get());
+            loaded.filter_map(|volume| Some((volume.away_since()?, Arc::clone(volume)))).collect()
+        };
+        away.retain(|(since, _)| since.elapsed() >= grace);
+        away.sort_by_key(|(since, volume)| (*since, volume.id()));
+        away.iter().find_map(|(_, volume)| {
+            let shed = volume.shed_open();
+            (shed > 0).then(|| (volume.id(), shed))
+        })
     }
 
     /// Ends every session with this reason, as at a shutdown.

@@ -14,6 +14,7 @@ use sender::register;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+common::configure_jemalloc!();
 
 /// Why the command failed, by what its exit code is.
 #[derive(Debug, thiserror::Error)]

@@ -236,6 +236,12 @@ impl Filesystem for OneFile {
     }
 }
 
+/// A disk that answers nothing.
+#[derive(Debug)]
+pub struct Stall<'a> {
+    _medium: MutexGuard<'a, Medium>,
+}
+
 /// An ext4 on a disk whose power can be cut.
 #[derive(Debug)]
 pub struct LossyDisk {
@@ -335,6 +341,12 @@ impl LossyDisk {
             drop(medium);
             std::thread::sleep(Duration::from_micros(50));
         }
+    }
+
+    /// Has every request to the disk wait, for as long as what is returned lives.
+    #[must_use]
+    pub fn stall(&self) -> Stall<'_> {
+        Stall { _medium: lock(&self.medium) }
     }
 
     /// Gives the power back to a disk that lost it, and mounts what is on it then; the journal is replayed.

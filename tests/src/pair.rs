@@ -273,8 +273,14 @@ impl Pair {
     /// The command line of a run to one point of each of these volumes.
     #[must_use]
     pub fn sender_command(&self, volumes: &[(&str, &Path)]) -> Command {
+        self.sender_command_within("256MiB", volumes)
+    }
+
+    /// As [`Self::sender_command`], with another memory budget.
+    #[must_use]
+    pub fn sender_command_within(&self, budget: &str, volumes: &[(&str, &Path)]) -> Command {
         let mut command = program("blockferry-sender");
-        command.args(["run", "--once", "--json", "--metrics-listen", "127.0.0.1:0", "--memory-budget", "256MiB"]);
+        command.args(["run", "--once", "--json", "--metrics-listen", "127.0.0.1:0", "--memory-budget", budget]);
         command.arg("--state-dir").arg(&self.state);
         for (name, path) in volumes {
             command.arg("--volume").arg(format!("{name}={}", path.display()));

@@ -220,6 +220,11 @@ impl Staging for Parts {
         async { Ok(()) }.boxed()
     }
 
+    fn forget_open(&self, _volume: VolumeId, epoch: Epoch) -> Pending<()> {
+        self.0.durable.lock().expect("not poisoned").records.remove(&epoch);
+        async { Ok(()) }.boxed()
+    }
+
     fn begin_session(&self, _volume: VolumeId, _session: SessionId) -> Pending<()> {
         async { Ok(()) }.boxed()
     }
@@ -323,8 +328,13 @@ impl Receiver {
         model.volumes.set(Arc::downgrade(&volumes)).expect("set once");
         let budget = budget();
         let limits = AcceptLimits { pause_time: Duration::from_secs(5), ..AcceptLimits::default() };
-        let acceptor =
-            Arc::new(Acceptor { volumes, budget: budget.clone(), revoked: Arc::new(move |_| revoked), limits });
+        let acceptor = Arc::new(Acceptor {
+            volumes,
+            budget: budget.clone(),
+            revoked: Arc::new(move |_| revoked),
+            window_bytes: 16 << 20,
+            limits,
+        });
         let stop = CancellationToken::new();
         let running = tokio::spawn(accept::run(endpoint.clone(), acceptor, stop.clone()));
         Self { address: endpoint.local_addr().expect("bound"), model, budget, stop, endpoint, running }

@@ -2,7 +2,9 @@
 //!
 //! Impure rim. Everything written for people goes to standard error; standard output belongs to the facts that were asked for.
 
+pub mod allocator;
 pub mod cli;
+pub mod config;
 pub mod exit;
 pub mod http;
 pub mod logging;

@@ -66,6 +66,9 @@ pub enum ReceiverEvent<P> {
     CheckClose(Box<Close>),
     /// Forget what is staged of this open epoch. Nothing of it is on its way into the stage.
     DropEpoch(Epoch),
+    /// Forget what is staged of this open epoch, whose number its sender may still use, then call
+    /// [`ReceiverSession::handle_forgotten`]. Nothing of it is on its way into the stage.
+    ForgetEpoch(Epoch),
     /// The claim was granted.
     Opened {
         /// Session that writes the volume now.
@@ -153,6 +156,8 @@ pub struct ReceiverSession<P> {
     streams: Vec<Stream>,
     open: BTreeMap<Epoch, OpenEpoch>,
     dropped: BTreeSet<Epoch>,
+    /// Epochs that the stage is about to forget.
+    forgetting: BTreeSet<Epoch>,
     tickets: BTreeMap<Ticket, InFlight>,
     next_ticket: u64,
     /// Closes whose records are not all staged yet, or that wait for the one being checked.
@@ -187,6 +192,7 @@ impl<P> ReceiverSession<P> {
             streams: Vec::new(),
             open,
             dropped: BTreeSet::new(),
+            forgetting: BTreeSet::new(),
             tickets: BTreeMap::new(),
             next_ticket: 1,
             closes: VecDeque::new(),
@@ -219,7 +225,35 @@ impl<P> ReceiverSession<P> {
     /// True where nothing is on its way into the stage.
     #[must_use]
     pub fn is_idle(&self) -> bool {
-        self.tickets.is_empty() && self.checking.is_none()
+        self.tickets.is_empty() && self.checking.is_none() && self.forgetting.is_empty()
+    }
+
+    /// True from a claim on until its connection is gone.
+    #[must_use]
+    pub fn is_connected(&self) -> bool {
+        !matches!(self.link, Link::Down)
+    }
+
+    /// Gives up what is staged of open epochs while no sender is connected, because its room is needed. A sender that resumes
+    /// them finds nothing of them listed and sends their pages anew. Returns how many; none while a sender is connected or
+    /// something is on its way into the stage.
+    pub fn shed_open(&mut self) -> usize {
+        if self.is_connected() || !self.is_idle() {
+            return 0;
+        }
+        let shed: Vec<Epoch> = self.open_epochs().collect();
+        for &epoch in &shed {
+            self.open.remove(&epoch);
+            self.forgetting.insert(epoch);
+            self.events.push_back(ReceiverEvent::ForgetEpoch(epoch));
+        }
+        shed.len()
+    }
+
+    /// The stage has forgotten an epoch, or failed and will never list it again.
+    pub fn handle_forgotten(&mut self, epoch: Epoch) {
+        self.forgetting.remove(&epoch);
+        self.advance();
     }
 
     /// True while a granted claim's connection stands.

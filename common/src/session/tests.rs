@@ -210,6 +210,7 @@ struct World {
     receiver: ReceiverSession<()>,
     staging: BTreeMap<Ticket, (u64, u64, SealTag)>,
     checking: Option<Close>,
+    forgetting: Vec<Epoch>,
     stage: BTreeMap<u64, BTreeMap<u64, SealTag>>,
     closes: VecDeque<(ClosedEpoch, CloseId)>,
     log: Vec<(ClosedEpoch, CloseId, BTreeMap<u64, SealTag>)>,
@@ -238,6 +239,7 @@ impl World {
             receiver: ReceiverSession::new(empty_facts()),
             staging: BTreeMap::new(),
             checking: None,
+            forgetting: Vec::new(),
             stage: BTreeMap::new(),
             closes: VecDeque::new(),
             log: Vec::new(),
@@ -277,6 +279,7 @@ impl World {
         self.disconnect();
         self.staging.clear();
         self.checking = None;
+        self.forgetting.clear();
         if loses_stage {
             self.stage.clear();
             self.closes.clear();
@@ -395,7 +398,15 @@ impl World {
                     assert!(self.closes.iter().all(|(closed, _)| closed.epoch != epoch), "seed {}", self.seed);
                     self.stage.remove(&epoch.0);
                 }
-                ReceiverEvent::Opened { session } => assert_eq!(session, self.sender.id()),
+                ReceiverEvent::ForgetEpoch(epoch) => {
+                    assert!(!self.connected, "seed {}: a sender is there", self.seed);
+                    assert!(self.staging.is_empty(), "seed {}", self.seed);
+                    self.forgetting.push(epoch);
+                }
+                ReceiverEvent::Opened { session } => {
+                    assert_eq!(session, self.sender.id());
+                    assert!(self.forgetting.is_empty(), "seed {}: what is listed is about to be forgotten", self.seed);
+                }
                 ReceiverEvent::Ended { code, text } => panic!("seed {}: ended: {code:?} {text}", self.seed),
             }
         }
@@ -486,6 +497,12 @@ impl World {
             self.receiver.handle_staged(ticket);
         }
         if self.random.one_in(3)
+            && let Some(epoch) = self.forgetting.pop()
+        {
+            self.stage.remove(&epoch.0);
+            self.receiver.handle_forgotten(epoch);
+        }
+        if self.random.one_in(3)
             && let Some(close) = self.checking.take()
         {
             let closed = ClosedEpoch { epoch: close.statement().epoch, close: close.id() };
@@ -508,6 +525,8 @@ impl World {
         if !self.connected {
             if self.random.one_in(10) {
                 self.connect();
+            } else if self.random.one_in(20) {
+                self.stage_losses += u64::from(self.receiver.shed_open() > 0);
             }
         } else if self.random.one_in(150) {
             self.disconnect();
@@ -641,6 +660,27 @@ fn a_later_session_drops_the_open_epochs_of_the_earlier_one() {
     assert!(matches!(left[0], ReceiverEvent::DropEpoch(Epoch(1))), "{left:?}");
     assert!(matches!(events(&mut second)[0], SenderEvent::Opened { next_epoch: Epoch(2), .. }));
     assert_eq!(receiver.open_epochs().count(), 0);
+}
+
+#[test]
+fn what_was_given_up_while_the_sender_was_away_is_told_as_lost_once_the_stage_forgot_it() {
+    let (mut sender, mut receiver) = pair();
+    sender.offer_record(record(1, 0, 1), 0).expect("in order");
+    settle(&mut sender, &mut receiver);
+    assert_eq!(receiver.shed_open(), 0, "its sender is connected");
+    sender.handle_disconnected();
+    receiver.handle_disconnected();
+    assert_eq!(receiver.shed_open(), 1);
+    assert_eq!(receiver.open_epochs().count(), 0);
+    let _ = events(&mut sender);
+    sender.handle_connected();
+    let left = settle(&mut sender, &mut receiver);
+    assert!(matches!(left[..], [ReceiverEvent::ForgetEpoch(Epoch(1))]), "{left:?}");
+    assert_eq!(events(&mut sender), [], "a claim waits until nothing is about to be forgotten");
+    receiver.handle_forgotten(Epoch(1));
+    settle(&mut sender, &mut receiver);
+    let seen = events(&mut sender);
+    assert!(seen.contains(&SenderEvent::StageLost { tip: CloseId::ZERO, next_epoch: Epoch(2) }), "{seen:?}");
 }
 
 #[test]

@@ -16,6 +16,7 @@
 
 mod connection;
 mod stream;
+mod windows;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -33,6 +34,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::volumes::Volumes;
+use windows::Windows;
+pub use windows::window_of;
 
 /// Bounds of what peers may take up.
 #[derive(Debug, Clone)]
@@ -75,6 +78,8 @@ pub struct Acceptor {
     pub budget: Budget,
     /// Revocation, asked at each connection and each claim.
     pub revoked: Revoked,
+    /// Unread bytes that all connections together may hold.
+    pub window_bytes: u64,
     /// Bounds.
     pub limits: AcceptLimits,
 }
@@ -97,6 +102,7 @@ const FAREWELL_TIME: Duration = Duration::from_millis(500);
 pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(acceptor.limits.connections_max));
     let machines = Arc::new(Machines::default());
+    let windows = Arc::new(Windows::new(acceptor.window_bytes));
     let tasks = TaskTracker::new();
     // Ends every connection's task, a moment after the sessions were told.
     let over = CancellationToken::new();
@@ -114,8 +120,9 @@ pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: Cancellation
             continue;
         };
         let (acceptor, machines, over) = (Arc::clone(&acceptor), Arc::clone(&machines), over.clone());
+        let windows = Arc::clone(&windows);
         tasks.spawn(async move {
-            serve(incoming, acceptor, machines, over).await;
+            serve(incoming, acceptor, machines, windows, over).await;
             drop(place);
         });
     }
@@ -128,7 +135,13 @@ pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: Cancellation
     let _ = tokio::time::timeout(FAREWELL_TIME, endpoint.wait_idle()).await;
 }
 
-async fn serve(incoming: Incoming, acceptor: Arc<Acceptor>, machines: Arc<Machines>, over: CancellationToken) {
+async fn serve(
+    incoming: Incoming,
+    acceptor: Arc<Acceptor>,
+    machines: Arc<Machines>,
+    windows: Arc<Windows>,
+    over: CancellationToken,
+) {
     let remote = incoming.remote_address();
     let handshake = tokio::time::timeout(acceptor.limits.handshake_time, incoming);
     let connection = match handshake.await {
@@ -159,6 +172,7 @@ async fn serve(incoming: Incoming, acceptor: Arc<Acceptor>, machines: Arc<Machin
     if (acceptor.revoked)(&peer) {
         return refuse("revoked", "this certificate was revoked");
     }
+    let _window = windows.enter(&connection);
     let place = machines.enter(machine, acceptor.limits.machine_connections_max, over.child_token());
     tracing::info!(%remote, machine = peer.name, "a machine connected");
     metrics::gauge!("blockferry_receiver_connections").increment(1.0);

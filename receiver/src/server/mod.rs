@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use catalog::fleet::{Fleet, FleetError};
-use catalog::store::{Store, StoreError};
+use catalog::store::StoreError;
 use common::budget::{Budget, BudgetError, MemoryTable};
 use common::clock::Clock;
 use common::net::quic::{self, QuicError};
@@ -123,7 +123,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     let _ = std::fs::remove_file(data_dir.join(ENDPOINT_FILE));
     let receiver = identity::load_or_create(&data_dir)?;
 
-    let store = Store::open(&config.fleet.store).await?;
+    let store = config.fleet.open_store().await?;
     store.probe().await?;
     let fleet = Arc::new(Fleet::open_or_create(&store, &data_dir, clock.clone()).await?);
     let stage = open_stage(&config, &data_dir).await?;
@@ -160,6 +160,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
         Arc::new(StoreOfVolumes(store.clone())),
     ));
     let reports = tokio::spawn(staging::report(forwarder.events(), Arc::clone(&volumes)));
+    let relieving = tokio::spawn(staging::relieve(stage.intake(), Arc::clone(&volumes)));
     volumes.recover().await;
 
     let receivers = config.advertise.iter().map(ToString::to_string).collect();
@@ -173,6 +174,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
         volumes: Arc::clone(&volumes),
         budget: budget.clone(),
         revoked: revoked(Arc::clone(&fleet)),
+        window_bytes: config.quic_memory_bytes,
         limits: AcceptLimits::default(),
     });
     let accepting = tokio::spawn(accept::run(endpoint, acceptor, stop.clone()));
@@ -196,8 +198,10 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
             "the store did not take all that is closed in time; the rest stays staged and goes at the next start"
         );
     }
-    reports.abort();
-    let _ = reports.await;
+    for task in [reports, relieving] {
+        task.abort();
+        let _ = task.await;
+    }
     drop(volumes);
     stage.shutdown().await;
     tracing::info!("stopped");

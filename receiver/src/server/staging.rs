@@ -1,6 +1,7 @@
 //! Joins the stage, the catalog and the forwarder to [`crate::volumes`], which knows them by traits only.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use catalog::store::Store;
 use catalog::volume::checkpoint::open_view;
@@ -13,10 +14,10 @@ use common::format::volume_header::VolumeHeader;
 use common::ids::{Epoch, SessionId, VolumeId};
 use common::session::{ClosedEpoch, StagedRecord};
 use futures::future::BoxFuture;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::forward::ForwardEvent;
-use crate::stage::{Stage, StageError, VolumeIntake};
+use crate::stage::{self, Stage, StageError, VolumeIntake};
 use crate::verify;
 use crate::volumes::{Catalog, Intake, Loaded, Pending, Recovered, Staging, VolumeError, Volumes};
 
@@ -76,6 +77,11 @@ impl Staging for StageOfVolumes {
         Box::pin(async move { stage.drop_epoch(volume, epoch).await.map_err(failed) })
     }
 
+    fn forget_open(&self, volume: VolumeId, epoch: Epoch) -> Pending<()> {
+        let stage = self.0.clone();
+        Box::pin(async move { stage.forget_open(volume, epoch).await.map_err(failed) })
+    }
+
     fn begin_session(&self, volume: VolumeId, session: SessionId) -> Pending<()> {
         let stage = self.0.clone();
         Box::pin(async move { stage.set_session(volume, session).await.map_err(failed) })
@@ -127,6 +133,42 @@ pub(super) async fn report(mut events: mpsc::UnboundedReceiver<ForwardEvent>, vo
         match event {
             ForwardEvent::Committed { volume, close } => volumes.handle_committed(volume, close),
             ForwardEvent::Lost { volume, code, text } => volumes.handle_lost(volume, code, &text),
+        }
+    }
+}
+
+/// How long the stage has been full before the room of open epochs is taken.
+const FULL_GRACE: Duration = Duration::from_secs(15);
+/// How long a sender has been away before the room of its open epochs may be taken: longer than its backoff, so that none loses
+/// what it had staged to a restart of this receiver or a cut link.
+const AWAY_GRACE: Duration = Duration::from_secs(60);
+/// How often a full stage is looked at: about as long as it takes to free the space of what was given up.
+const SHED_INTERVAL: Duration = Duration::from_secs(2);
+
+/// Where the stage stays full, gives up the open epochs of senders that are away, one volume at a time, so that the others go on.
+/// They hold nothing that is a recovery point yet, and their pages are still marked as changed at their senders.
+pub(super) async fn relieve(mut intake: watch::Receiver<stage::Intake>, volumes: Arc<Volumes>) {
+    let is_full = |now: &stage::Intake| matches!(now, stage::Intake::Full { .. });
+    loop {
+        if intake.wait_for(is_full).await.is_err() {
+            return;
+        }
+        // Changes while it is full are only about who is favoured.
+        if tokio::time::timeout(FULL_GRACE, intake.wait_for(|now| !is_full(now))).await.is_ok() {
+            continue;
+        }
+        while is_full(&intake.borrow()) {
+            if let Some((volume, epochs)) = volumes.shed(AWAY_GRACE) {
+                tracing::warn!(
+                    %volume, epochs,
+                    "the stage is full and this volume's sender is away: its open epochs are given up, it sends their pages again"
+                );
+                metrics::counter!("blockferry_receiver_errors_total", "kind" => "stage_shed").increment(1);
+            }
+            let opened = tokio::time::timeout(SHED_INTERVAL, intake.wait_for(|now| !is_full(now))).await;
+            if matches!(opened, Ok(Err(_))) {
+                return;
+            }
         }
     }
 }

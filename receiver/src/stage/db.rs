@@ -14,6 +14,7 @@
 //! envelope of `common::format`.
 
 use std::path::{Path, PathBuf};
+use std::sync::{PoisonError, RwLock};
 
 use common::format::envelope::Kind;
 use common::format::stage_key::{STAGE_KEY_BYTES, StageKey};
@@ -27,12 +28,17 @@ use rocksdb::{
 
 use super::error::StageError;
 use super::index::{Family, VolumeRow};
+use super::wal::{self, Look, Note, Noted};
 
 const RECORDS: &str = "records";
 const TRICKLE: &str = "trickle";
 const ROWS: &str = "rows";
 /// Files on their way into the database.
 const INCOMING: &str = "incoming";
+/// The note of what was acknowledged through the log.
+const NOTE: &str = "acknowledged";
+/// Log files as they were before they were mended.
+const KEPT: &str = "damaged";
 
 const ROW_KIND: Kind = Kind { what: "stage row of a volume", magic: *b"BFSTGVOL", version: 1, body_bytes_max: 64 };
 const CEILING_KIND: Kind = Kind { what: "stage batch ceiling", magic: *b"BFSTGCEI", version: 1, body_bytes_max: 64 };
@@ -43,7 +49,7 @@ const DROPPED_PREFIX: u8 = b'd';
 /// Files that stay open. A table reader costs some 10 KiB here (its index has an entry for each record).
 const OPEN_FILES: i32 = 256;
 /// One read covers several records.
-const READAHEAD_BYTES: usize = 2 << 20;
+pub(super) const READAHEAD_BYTES: usize = 2 << 20;
 
 /// What RocksDB may hold in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -57,6 +63,10 @@ pub(super) struct Database {
     db: DB,
     dir: PathBuf,
     sst_options: Options,
+    note: Note,
+    log_damage: Option<StageError>,
+    /// Held for reading by synced writes and for writing by others, so that the note counts none that is not synced.
+    unsynced: RwLock<()>,
 }
 
 /// One key and value of a scan; a damaged place gives the key range that it hides, if the database itself noticed.
@@ -102,7 +112,8 @@ impl Database {
         options.set_max_background_jobs(2);
         options.set_max_total_wal_size(4 * memory.write_buffer_bytes as u64);
         options.set_db_write_buffer_size(3 * memory.write_buffer_bytes);
-        // A power cut leaves a torn tail behind the last synced write, which is where replay has to stop.
+        // A power cut leaves a torn tail behind the last synced write, which is where replay has to stop; what else can't be
+        // read was found, and taken out, before (see `wal`).
         options.set_wal_recovery_mode(DBRecoveryMode::PointInTime);
         options.set_keep_log_file_num(4);
         options.set_max_log_file_size(4 << 20);
@@ -126,8 +137,19 @@ impl Database {
             ColumnFamilyDescriptor::new(TRICKLE, trickle),
             ColumnFamilyDescriptor::new(ROWS, rows),
         ];
+        let database = dir.join("db");
+        let (noted, note_damage) = match Note::read(&dir.join(NOTE)) {
+            Ok(noted) => (noted, None),
+            Err(reason) => (None, Some(StageError::DamagedLog { file: dir.join(NOTE), reason })),
+        };
+        let look = noted.map(|noted| wal::look(&database, noted)).transpose().map_err(io)?.unwrap_or_default();
+        wal::mend(&look, &dir.join(KEPT)).map_err(io)?;
         let db = DB::open_cf_descriptors(&options, dir.join("db"), families)
             .map_err(|error| StageError::from_rocksdb(dir, &error))?;
+        let acknowledged = db.latest_sequence_number();
+        let first_log = wal::newest_log(&database).map_err(io)?;
+        let log_damage = note_damage.or_else(|| log_damage(&database, noted, look, acknowledged));
+        let note = Note::begin(&dir.join(NOTE), Noted { acknowledged, first_log }).map_err(io)?;
         for place in [Some(incoming.as_path()), Some(dir), dir.parent()].into_iter().flatten() {
             let place = if place.as_os_str().is_empty() { Path::new(".") } else { place };
             std::fs::File::open(place).and_then(|file| file.sync_all()).map_err(io)?;
@@ -135,7 +157,27 @@ impl Database {
         let mut sst_options = family_options(&cache, memory);
         // Starts writing out early, so that the sync at the end has little left to do.
         sst_options.set_bytes_per_sync(1 << 20);
-        Ok(Self { db, dir: dir.to_path_buf(), sst_options })
+        Ok(Self { db, dir: dir.to_path_buf(), sst_options, note, log_damage, unsynced: RwLock::default() })
+    }
+
+    /// What was found wrong with the log, if anything was.
+    pub(super) fn log_damage(&self) -> Option<&StageError> {
+        self.log_damage.as_ref()
+    }
+
+    /// Writes through the log. Durable once it returns, and noted as such.
+    fn write_synced(&self, batch: WriteBatch) -> Result<(), StageError> {
+        let _order = self.unsynced.read().unwrap_or_else(PoisonError::into_inner);
+        self.db.write_opt(batch, &synced()).map_err(|error| self.error(&error))?;
+        // Published once synced, with all that was written before; so nothing in it can still be lost.
+        let acknowledged = self.db.latest_sequence_number();
+        self.note.raise(acknowledged).map_err(|error| StageError::from_io(&self.dir, &error))
+    }
+
+    /// Writes through the log; durable only with the next synced write.
+    fn write_unsynced(&self, batch: WriteBatch) -> Result<(), StageError> {
+        let _order = self.unsynced.write().unwrap_or_else(PoisonError::into_inner);
+        self.db.write(batch).map_err(|error| self.error(&error))
     }
 
     pub(super) fn dir(&self) -> &Path {
@@ -200,7 +242,7 @@ impl Database {
         for (key, value) in entries {
             batch.put_cf(family, key.encode(), value);
         }
-        self.db.write_opt(batch, &synced()).map_err(|error| self.error(&error))
+        self.write_synced(batch)
     }
 
     /// Deletes single keys of the trickle family; not durable at once, which only means that they may be found again.
@@ -210,7 +252,7 @@ impl Database {
         for key in keys {
             batch.delete_cf(family, key.encode());
         }
-        self.db.write(batch).map_err(|error| self.error(&error))
+        self.write_unsynced(batch)
     }
 
     /// Deletes the files of the batches from `first` to `last`; true where nothing of them is left.
@@ -249,7 +291,7 @@ impl Database {
     fn delete_span(&self, from: &[u8], to: &[u8]) -> Result<(), StageError> {
         let mut span = WriteBatch::default();
         span.delete_range_cf(self.family(RECORDS)?, from, to);
-        self.db.write(span).map_err(|error| self.error(&error))
+        self.write_unsynced(span)
     }
 
     /// Rewrites the files of the batches from `first` to `last` without what was deleted.
@@ -362,7 +404,7 @@ impl Database {
             batch.put_cf(family, dropped_key(volume, epoch), []);
         }
         batch.put_cf(family, row_key(volume), encode_row(row));
-        self.db.write_opt(batch, &synced()).map_err(|error| self.error(&error))
+        self.write_synced(batch)
     }
 
     /// Stores a volume's row and forgets drop marks that it covers. Durable once it returns.
@@ -373,7 +415,7 @@ impl Database {
         for &epoch in marks {
             batch.delete_cf(family, dropped_key(volume, epoch));
         }
-        self.db.write_opt(batch, &synced()).map_err(|error| self.error(&error))
+        self.write_synced(batch)
     }
 
     /// All rows of volumes, and all drop marks.
@@ -404,8 +446,9 @@ impl Database {
     }
 
     pub(super) fn put_row(&self, key: &[u8], value: &[u8]) -> Result<(), StageError> {
-        let family = self.family(ROWS)?;
-        self.db.put_cf_opt(family, key, value, &synced()).map_err(|error| self.error(&error))
+        let mut batch = WriteBatch::default();
+        batch.put_cf(self.family(ROWS)?, key, value);
+        self.write_synced(batch)
     }
 
     fn version(&self, error: &common::format::FormatError) -> StageError {
@@ -416,6 +459,25 @@ impl Database {
             _ => StageError::Damaged { dir, reason },
         }
     }
+}
+
+/// Whether the log lost what was acknowledged: by what was found in it, and by where RocksDB came to.
+fn log_damage(database: &Path, noted: Option<Noted>, look: Look, replayed: u64) -> Option<StageError> {
+    let acknowledged = noted?.acknowledged;
+    if let Some(wal::Damage { file, offset }) = look.lost {
+        let reason = format!("it can't be read at byte {offset}, and acknowledged writes follow");
+        return Some(StageError::DamagedLog { file, reason });
+    }
+    if replayed >= acknowledged {
+        return None;
+    }
+    let reason = format!("it ends at write {replayed}, up to {acknowledged} were acknowledged");
+    Some(match look.tail {
+        Some(wal::Damage { file, offset }) => {
+            StageError::DamagedLog { file, reason: format!("it can't be read at byte {offset}: {reason}") }
+        }
+        None => StageError::DamagedLog { file: database.join("*.log"), reason },
+    })
 }
 
 fn synced() -> WriteOptions {

@@ -76,6 +76,17 @@ pub enum StageError {
         /// The format's error.
         reason: String,
     },
+    /// RocksDB's log does not hold all that was acknowledged through it.
+    #[error(
+        "stage log {file} is damaged: {reason}; records that were acknowledged may be missing and are sent again by their \
+         senders, recovery points of that time may be missing; check the disk if this happens again"
+    )]
+    DamagedLog {
+        /// The log file, or the note of what was acknowledged.
+        file: PathBuf,
+        /// What was found, and where.
+        reason: String,
+    },
     /// One staged record or close is not what was written.
     #[error("staged record of volume {volume}, epoch {epoch}, block {block} (batch {batch}) is damaged: {reason}")]
     DamagedRecord {
@@ -147,7 +158,9 @@ impl StageError {
             Self::NoSpace { .. } => "stage_no_space",
             Self::ReadOnly { .. } => "stage_read_only",
             Self::Io { .. } => "stage_io",
-            Self::Damaged { .. } | Self::DamagedRecord { .. } | Self::Incomplete { .. } => "stage_damaged",
+            Self::Damaged { .. } | Self::DamagedLog { .. } | Self::DamagedRecord { .. } | Self::Incomplete { .. } => {
+                "stage_damaged"
+            }
             Self::Version { .. } => "stage_version",
             Self::Conflict { .. } => "stage_conflict",
             Self::EpochEnded { .. } | Self::NoSuchEpoch { .. } => "stage_epoch",
@@ -208,7 +221,9 @@ impl Dispose for StageError {
             | Self::Conflict { .. }
             | Self::EpochEnded { .. } => Disposition::BadInput,
             Self::NoSpace { .. } | Self::Io { .. } => Disposition::Retry,
-            Self::Damaged { .. } | Self::DamagedRecord { .. } | Self::Incomplete { .. } => Disposition::Corrupt,
+            Self::Damaged { .. } | Self::DamagedLog { .. } | Self::DamagedRecord { .. } | Self::Incomplete { .. } => {
+                Disposition::Corrupt
+            }
             Self::NoSuchEpoch { .. } => Disposition::Bug,
             Self::Stopped => Disposition::Reconnect,
         }

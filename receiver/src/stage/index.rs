@@ -176,6 +176,11 @@ impl Index {
         self.used_bytes + self.pending_bytes
     }
 
+    /// Smallest number above all batches known.
+    pub(super) fn next_batch(&self) -> BatchId {
+        BatchId(self.batches.keys().next_back().map_or(1, |batch| batch.0.saturating_add(1)))
+    }
+
     pub(super) fn records(&self) -> u64 {
         self.records
     }
@@ -428,6 +433,15 @@ impl Index {
         index.next_epoch = index.next_epoch.max(Epoch(epoch.0.saturating_add(1)));
         if epoch > index.released {
             index.dropped.insert(epoch);
+        }
+        freed
+    }
+
+    /// Forgets what is staged of an open epoch; its number may still be used, for the same records or others.
+    pub(super) fn forget_open(&mut self, volume: VolumeId, epoch: Epoch) -> Freed {
+        let mut freed = Freed::default();
+        if self.state(volume, epoch).is_some_and(|state| state.close.is_none()) {
+            self.forget(volume, epoch, &mut freed);
         }
         freed
     }

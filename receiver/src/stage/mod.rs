@@ -15,10 +15,12 @@
 //! Keys are `(batch, volume, epoch, block)`; see [`common::format::stage_key`]. Large batches are sorted files, written,
 //! synced and ingested, dropped whole once nothing in them is live; small ones go through RocksDB's log.
 
+mod config;
 mod db;
 mod error;
 mod gate;
 mod index;
+mod intake;
 mod reader;
 mod reclaim;
 mod recover;
@@ -26,6 +28,7 @@ mod recover;
 pub(crate) mod testing;
 #[cfg(test)]
 mod tests;
+mod wal;
 mod writer;
 
 use std::collections::HashMap;
@@ -46,99 +49,19 @@ use common::limits;
 use common::units::ByteCount;
 use tokio::sync::{Semaphore, oneshot, watch};
 
+pub use config::{CAPACITY_BYTES_MIN, MEMORY_BYTES_MIN, StageConfig};
 pub use error::StageError;
 pub use gate::Intake;
 pub use index::EpochState;
+pub use intake::VolumeIntake;
 pub use reader::EpochReader;
 
 use db::{Database, DatabaseMemory};
-use gate::{Level, Marks, Waiting};
-use index::{Begin, ENTRY_MEMORY_BYTES, Freed, Index, META_MEMORY_BYTES, VolumeRow};
+use gate::{Level, Waiting};
+use index::{Begin, Freed, Index, VolumeRow};
 use writer::{Job, Queue, Reply};
 
-/// Smallest capacity that can be asked for: two full epochs fit above the high mark, and two below.
-pub const CAPACITY_BYTES_MIN: u64 = 4 * limits::EPOCH_SEALED_BYTES_MAX;
-/// Smallest memory share: RocksDB's fixed parts, and an index for two full epochs.
-pub const MEMORY_BYTES_MIN: u64 = 12 << 20;
-/// What writing one file holds beside its records.
-const SST_WRITER_MEMORY_BYTES: u64 = 2 << 20;
-const METADATA_CHUNK_BYTES: usize = 4 << 20;
-
-/// Sizes of a stage; see [`StageConfig::new`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct StageConfig {
-    /// Bytes of records that the stage may hold.
-    pub capacity_bytes: u64,
-    /// Intake stops here.
-    pub high_bytes: u64,
-    /// Intake resumes here.
-    pub low_bytes: u64,
-    /// Records at which intake stops: what the memory share has room for, less one epoch.
-    pub records_high: u64,
-    /// Records of open epochs of which metadata is kept at hand.
-    pub metas_max: u64,
-    /// Bytes that may wait to be durable.
-    pub queue_bytes: usize,
-    /// Largest batch.
-    pub batch_bytes_max: usize,
-    /// Smallest batch that is written as a file of its own.
-    pub ingest_bytes_min: usize,
-    /// RocksDB's write buffer, one of three.
-    pub write_buffer_bytes: usize,
-    /// RocksDB's block cache.
-    pub cache_bytes: usize,
-}
-
-impl StageConfig {
-    /// Sizes for a stage of `capacity_bytes` with `memory_bytes` of the memory budget, the records that wait to be durable
-    /// not counted (they hold permits of their own).
-    ///
-    /// # Errors
-    /// [`StageError::CapacityTooSmall`], [`StageError::MemoryTooSmall`].
-    pub fn new(capacity_bytes: u64, memory_bytes: u64) -> Result<Self, StageError> {
-        if capacity_bytes < CAPACITY_BYTES_MIN {
-            let (found, minimum) = (ByteCount(capacity_bytes), ByteCount(CAPACITY_BYTES_MIN));
-            return Err(StageError::CapacityTooSmall { found, minimum });
-        }
-        if memory_bytes < MEMORY_BYTES_MIN {
-            let (found, minimum) = (ByteCount(memory_bytes), ByteCount(MEMORY_BYTES_MIN));
-            return Err(StageError::MemoryTooSmall { found, minimum });
-        }
-        let write_buffer_bytes = (memory_bytes / 32).clamp(256 << 10, 4 << 20);
-        let cache_bytes = (memory_bytes / 32).clamp(256 << 10, 8 << 20);
-        let index_bytes = memory_bytes - 3 * write_buffer_bytes - cache_bytes - SST_WRITER_MEMORY_BYTES;
-        // One eighth for metadata at hand, the rest for entries. Above the mark one volume may finish its epoch.
-        let records_max = index_bytes / 8 * 7 / ENTRY_MEMORY_BYTES;
-        let high_bytes = capacity_bytes - (2 * limits::EPOCH_SEALED_BYTES_MAX).max(capacity_bytes / 10);
-        Ok(Self {
-            capacity_bytes,
-            high_bytes,
-            low_bytes: high_bytes - high_bytes / 8,
-            records_high: records_max - limits::EPOCH_RECORDS_DECODE_MAX as u64,
-            metas_max: index_bytes / 8 / META_MEMORY_BYTES,
-            queue_bytes: 64 << 20,
-            batch_bytes_max: 32 << 20,
-            ingest_bytes_min: 256 << 10,
-            write_buffer_bytes: usize::try_from(write_buffer_bytes).unwrap_or(4 << 20),
-            cache_bytes: usize::try_from(cache_bytes).unwrap_or(8 << 20),
-        })
-    }
-
-    fn marks(&self) -> Marks {
-        Marks {
-            capacity_bytes: self.capacity_bytes,
-            high_bytes: self.high_bytes,
-            low_bytes: self.low_bytes,
-            records_high: self.records_high,
-            records_low: self.records_high - self.records_high / 8,
-        }
-    }
-}
-
-const _: () = assert!(
-    (MEMORY_BYTES_MIN - 4 * (MEMORY_BYTES_MIN / 32) - SST_WRITER_MEMORY_BYTES) / 8 * 7 / ENTRY_MEMORY_BYTES
-        > 2 * limits::EPOCH_RECORDS_DECODE_MAX as u64
-);
+const METADATA_CHUNK_BYTES: usize = 512 << 10;
 
 /// What a start found of one volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -182,6 +105,7 @@ pub(crate) struct Shared {
     intake: watch::Sender<Intake>,
     queue: Queue,
     slots: Arc<Semaphore>,
+    reads: reader::Reads,
     reclaim: mpsc::Sender<reclaim::Work>,
 }
 
@@ -319,9 +243,10 @@ impl Stage {
     pub fn open(dir: &Path, config: StageConfig) -> Result<(Self, Recovered), StageError> {
         let memory = DatabaseMemory { write_buffer_bytes: config.write_buffer_bytes, cache_bytes: config.cache_bytes };
         let db = Database::open(dir, memory)?;
-        let first_batch = db.ceiling()?;
         let mut index = Index::new(config.metas_max);
         let findings = recover::recover(&db, &mut index)?;
+        // The ceiling may be among what a damaged log lost.
+        let first_batch = db.ceiling()?.max(index.next_batch());
         for error in &findings.damaged {
             tracing::error!(%error, "damaged staged data");
             metrics::counter!("blockferry_receiver_errors_total", "kind" => error.kind()).increment(1);
@@ -346,6 +271,7 @@ impl Stage {
             rows: Mutex::new(()),
             intake: watch::Sender::new(Intake::Open),
             queue: Queue::default(),
+            reads: reader::Reads::new(config.reads_max),
             slots: Arc::new(Semaphore::new(config.queue_bytes.max(limits::RECORD_BYTES_MAX))),
             reclaim,
         });
@@ -461,13 +387,6 @@ impl Stage {
         })
     }
 
-    /// A volume's place at the intake gate; one for each of its streams.
-    #[must_use]
-    pub fn intake_of(&self, volume: VolumeId) -> VolumeIntake {
-        self.shared.lock().connected.enter(volume);
-        VolumeIntake { shared: Arc::clone(&self.shared), volume }
-    }
-
     /// Whether records are taken in; changes wake the listener.
     #[must_use]
     pub fn intake(&self) -> watch::Receiver<Intake> {
@@ -575,6 +494,23 @@ impl Stage {
         .await
     }
 
+    /// Forgets the records of an open epoch to make room; more of it may come. Its space is freed soon after. Not durable: after
+    /// a crash some of the records may be found again, each as it was acknowledged.
+    ///
+    /// # Errors
+    /// Failures of the disk.
+    pub async fn forget_open(&self, volume: VolumeId, epoch: Epoch) -> Result<(), StageError> {
+        self.blocking(move |shared| {
+            let mut state = shared.lock();
+            let freed = state.index.forget_open(volume, epoch);
+            shared.update_gate(&mut state, false);
+            drop(state);
+            shared.reclaim(freed);
+            Ok(())
+        })
+        .await
+    }
+
     /// Gives up all epochs of a volume up to `up_to`: they are committed. Their space is freed soon after.
     ///
     /// # Errors
@@ -637,74 +573,5 @@ fn warn_if_disk_is_smaller(dir: &Path, wanted: u64) {
             wanted = %ByteCount(wanted),
             "the stage's file system is smaller than --stage-capacity: intake will fail when it is full, not wait"
         );
-    }
-}
-
-/// One stream's place at the gate. Dropping it says that the stream is gone.
-pub struct VolumeIntake {
-    shared: Arc<Shared>,
-    volume: VolumeId,
-}
-
-impl VolumeIntake {
-    /// Waits until a record of the volume may be read from its peer and submitted. Safe to cancel.
-    ///
-    /// # Errors
-    /// The stage's failure, if it failed.
-    pub async fn admit(&self) -> Result<(), StageError> {
-        let marks = self.shared.config.marks();
-        if matches!(*self.shared.intake.borrow(), Intake::Open) {
-            return Ok(());
-        }
-        let mut changes = self.shared.intake.subscribe();
-        let _place = Place::new(self);
-        loop {
-            let intake = changes.borrow_and_update().clone();
-            let used = self.shared.lock().index.used_bytes();
-            if gate::admits(&intake, &marks, used, self.volume)? {
-                return Ok(());
-            }
-            if changes.changed().await.is_err() {
-                return Err(StageError::Stopped);
-            }
-        }
-    }
-}
-
-impl Drop for VolumeIntake {
-    fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.connected.leave(self.volume);
-        if state.connected.contains(self.volume) {
-            return;
-        }
-        let cleared = self.shared.intake.send_if_modified(|now| match now {
-            Intake::Full { favoured } if *favoured == Some(self.volume) => {
-                *favoured = None;
-                true
-            }
-            _ => false,
-        });
-        if cleared {
-            self.shared.update_gate(&mut state, false);
-        }
-    }
-}
-
-/// Counted among those who wait, as long as it lives.
-struct Place<'a>(&'a VolumeIntake);
-
-impl<'a> Place<'a> {
-    fn new(intake: &'a VolumeIntake) -> Self {
-        let mut state = intake.shared.lock();
-        state.waiting.enter(intake.volume);
-        intake.shared.update_gate(&mut state, false);
-        Self(intake)
-    }
-}
-
-impl Drop for Place<'_> {
-    fn drop(&mut self) {
-        self.0.shared.lock().waiting.leave(self.0.volume);
     }
 }

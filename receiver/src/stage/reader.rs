@@ -1,6 +1,6 @@
 //! Reading a staged epoch back, in chunks of bounded size: by batch, and within a batch by block.
 
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use bytes::Bytes;
 use common::format::record::Record;
@@ -12,6 +12,39 @@ use super::db::Scanned;
 use super::error::StageError;
 use super::index::Family;
 use super::recover::check_record;
+
+/// Bounds how many read at once: each has a buffer to read ahead, which is charged to the stage's memory.
+#[derive(Debug)]
+pub(super) struct Reads {
+    free: Mutex<usize>,
+    freed: Condvar,
+}
+
+impl Reads {
+    pub(super) fn new(max: usize) -> Self {
+        Self { free: Mutex::new(max.max(1)), freed: Condvar::new() }
+    }
+
+    /// Waits for its turn; blocks. Who reads waits for nobody else, so it comes.
+    fn begin(&self) -> Read<'_> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        while *free == 0 {
+            free = self.freed.wait(free).unwrap_or_else(PoisonError::into_inner);
+        }
+        *free -= 1;
+        Read(self)
+    }
+}
+
+/// One read under way.
+struct Read<'a>(&'a Reads);
+
+impl Drop for Read<'_> {
+    fn drop(&mut self) {
+        *self.0.free.lock().unwrap_or_else(PoisonError::into_inner) += 1;
+        self.0.freed.notify_one();
+    }
+}
 
 /// Reads the durable records of one epoch once, each verbatim and checked against its checksum and place.
 ///
@@ -46,6 +79,8 @@ impl EpochReader {
     /// the disk. After an error the reader is of no more use.
     pub fn next_chunk(&mut self, bytes_max: usize) -> Result<Vec<Record>, StageError> {
         let (volume, epoch) = (self.volume, self.epoch);
+        let shared = Arc::clone(&self.shared);
+        let _turn = shared.reads.begin();
         let mut records = Vec::new();
         let mut bytes = 0;
         while let Some(&(batch, family)) = self.rest.last() {

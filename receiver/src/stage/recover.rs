@@ -29,7 +29,7 @@ pub(super) fn recover(db: &Database, index: &mut Index) -> Result<Findings, Stag
     for (volume, epoch) in dropped {
         index.set_dropped(volume, epoch);
     }
-    let mut findings = Findings::default();
+    let mut findings = Findings { damaged: db.log_damage().cloned().into_iter().collect(), ..Findings::default() };
     for family in [Family::Records, Family::Trickle] {
         recover_family(db, family, index, &mut findings)?;
     }

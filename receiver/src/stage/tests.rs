@@ -423,6 +423,31 @@ async fn a_disk_that_fails_ends_intake_and_acknowledges_nothing() {
     assert_eq!(stage.staged_records(source.volume(), Epoch(1)).len(), 1);
 }
 
+#[tokio::test]
+async fn an_open_epoch_that_was_forgotten_frees_its_space_and_may_come_again() {
+    let dir = tempfile::tempdir().expect("a folder");
+    let (stage, _) = open(dir.path(), config());
+    let mut source = Source::new(1);
+    let volume = source.volume();
+    let large: Vec<_> = (0..8).map(|block| source.record(1, block, 64)).collect();
+    stage_all(&stage, &large).await;
+    let small = [source.record(1, 100, 1)];
+    stage_all(&stage, &small).await;
+    stage.forget_open(volume, Epoch(1)).await.expect("forgotten");
+    assert_eq!(stage.staged_records(volume, Epoch(1)), []);
+    eventually("freeing its space", || stage.used_bytes() == 0).await;
+    let again = stage.submit(small[0].clone(), None).await.expect("its number is not used up");
+    assert!(!again.is_resent());
+    again.await.expect("durable");
+    close(&stage, &source.close(1, &small, None)).await;
+    stage.forget_open(volume, Epoch(1)).await.expect("nothing to do");
+    assert_eq!(stage.staged_records(volume, Epoch(1)).len(), 1, "a closed epoch stays");
+    stage.shutdown().await;
+    let (stage, recovered) = open(dir.path(), config());
+    assert_eq!(recovered.damaged, []);
+    assert_eq!(contents(&stage, volume, 1, 1 << 20), by_block(&small));
+}
+
 #[test]
 fn unusable_stages_are_named_errors() {
     let dir = tempfile::tempdir().expect("a folder");

@@ -1,13 +1,14 @@
 //! One loaded volume: its session's state, and the task that carries out what the session asks for.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
 
 use common::budget::Permit;
 use common::format::close::Close;
 use common::format::frame::{Frame, RefusalCode};
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
-use common::ids::{CloseId, Geometry, VolumeId};
+use common::ids::{CloseId, Epoch, Geometry, VolumeId};
 use common::session::{Claim, Facts, ReceiverEvent, ReceiverSession, SessionError, Ticket};
 use futures::future::{BoxFuture, OptionFuture};
 use futures::stream::FuturesUnordered;
@@ -48,6 +49,8 @@ struct State {
     header: Arc<VolumeHeader>,
     session: ReceiverSession<Payload>,
     scope: Arc<Scope>,
+    /// When the last sender went away, or the volume was loaded.
+    left: Instant,
     stopped: bool,
 }
 
@@ -79,7 +82,13 @@ impl Volume {
         let scope = Arc::new(Scope { number: 0, over: CancellationToken::new() });
         let volume = Arc::new(Self {
             id: header.volume,
-            state: Mutex::new(State { header, session: ReceiverSession::new(facts), scope, stopped: false }),
+            state: Mutex::new(State {
+                header,
+                session: ReceiverSession::new(facts),
+                scope,
+                left: Instant::now(),
+                stopped: false,
+            }),
             work: Notify::new(),
             frames: Notify::new(),
             stop: CancellationToken::new(),
@@ -142,6 +151,7 @@ impl Volume {
         let mut state = self.lock();
         if state.scope.number == scope.number {
             state.session.handle_disconnected();
+            state.left = Instant::now();
             drop(state);
             self.changed();
         }
@@ -205,6 +215,19 @@ impl Volume {
         self.frames.notify_waiters();
     }
 
+    /// Since when no sender is connected; `None` while one is.
+    pub(super) fn away_since(&self) -> Option<Instant> {
+        let state = self.lock();
+        (!state.session.is_connected()).then_some(state.left)
+    }
+
+    /// Gives up the open epochs of a sender that is away; see [`ReceiverSession::shed_open`].
+    pub(super) fn shed_open(&self) -> usize {
+        let shed = self.lock().session.shed_open();
+        self.changed();
+        shed
+    }
+
     pub(super) fn end(&self, code: RefusalCode, text: &str) {
         self.lock().session.refuse(code, text.to_owned());
         self.changed();
@@ -248,6 +271,7 @@ struct Work {
     forwarding: Arc<dyn Forwarding>,
     records: FuturesUnordered<BoxFuture<'static, (Ticket, Result<(), VolumeError>)>>,
     notes: FuturesUnordered<BoxFuture<'static, Result<(), VolumeError>>>,
+    forgetting: FuturesUnordered<BoxFuture<'static, (Epoch, Result<(), VolumeError>)>>,
     closing: OptionFuture<BoxFuture<'static, (Close, Result<(), VolumeError>)>>,
     is_closing: bool,
 }
@@ -261,6 +285,7 @@ async fn run(volume: Arc<Volume>, staging: Arc<dyn Staging>, forwarding: Arc<dyn
         forwarding,
         records: FuturesUnordered::new(),
         notes: FuturesUnordered::new(),
+        forgetting: FuturesUnordered::new(),
         closing: None.into(),
         is_closing: false,
     };
@@ -274,6 +299,14 @@ async fn run(volume: Arc<Volume>, staging: Arc<dyn Staging>, forwarding: Arc<dyn
                 if let Err(error) = done {
                     work.report(&error, "a change of the stage failed");
                 }
+            }
+            Some((epoch, result)) = work.forgetting.next() => {
+                if let Err(error) = result {
+                    work.report(&error, "an epoch could not be given up");
+                }
+                // Only now may a sender that waits be told what is staged.
+                work.volume.lock().session.handle_forgotten(epoch);
+                work.volume.changed();
             }
             Some((close, result)) = &mut work.closing, if work.is_closing => work.settle_close(close, result),
         }
@@ -299,6 +332,10 @@ impl Work {
                 Some(ReceiverEvent::DropEpoch(epoch)) => {
                     tracing::info!(volume = %id, %epoch, "an open epoch is dropped");
                     self.notes.push(self.staging.drop_epoch(id, epoch));
+                }
+                Some(ReceiverEvent::ForgetEpoch(epoch)) => {
+                    let forgotten = self.staging.forget_open(id, epoch);
+                    self.forgetting.push(forgotten.map(move |result| (epoch, result)).boxed());
                 }
                 Some(ReceiverEvent::Opened { session }) => {
                     tracing::info!(volume = %id, %session, "a sender has opened the volume");
