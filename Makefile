@@ -14,16 +14,20 @@ export BLOCKFERRY_BIN_DIR := $(BIN_DIR)
 
 # What the build, the tests and the demo need from Debian: `command:package`, or a file and its package.
 PACKAGES := build-essential clang libclang-dev libbpf-dev libelf-dev zlib1g-dev cmake pkg-config \
-	e2fsprogs util-linux mount fuse3 python3 python3-venv prometheus procps ca-certificates \
-	fio libnbd-bin nbdkit qemu-utils qemu-system-common postgresql xfsprogs btrfs-progs
+	e2fsprogs util-linux mount fuse3 python3 python3-venv prometheus procps ca-certificates
+# What only the tests need: clients of exported disks, a database, and more file systems.
+TEST_PACKAGES := fio libnbd-bin nbdkit qemu-utils qemu-system-common postgresql xfsprogs btrfs-progs
 BENCH_PACKAGES := restic rsync zstd
 CARGO_DENY_VERSION := 0.20.2
 
-.PHONY: deps bench-deps build demo test lint fmt deny unit e2e fuzz-short rules bench bench-parts bench-pipeline bench-stage clean
+.PHONY: deps test-deps bench-deps build demo test lint fmt deny unit e2e fuzz-short rules bench bench-parts bench-pipeline bench-stage clean
 
 ## Installs the system packages and cargo-deny; does nothing where all is there.
 deps:
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(PACKAGES)
+
+test-deps: deps
+	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(TEST_PACKAGES)
 
 bench-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(BENCH_PACKAGES)
@@ -36,7 +40,7 @@ demo: build
 	demo/run.sh $(DEMO_FLAGS)
 
 ## Everything that CI runs.
-test: deps
+test: test-deps
 	$(MAKE) lint
 	$(MAKE) deny
 	$(MAKE) rules

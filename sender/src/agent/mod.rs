@@ -617,5 +617,16 @@ fn describe_metrics() {
         "Record bytes sent, without transport overhead."
     );
     describe_counter!("blockferry_sender_points_total", Unit::Count, "Committed recovery points, by consistency.");
+    describe_counter!("blockferry_sender_events_total", Unit::Count, "Events of volumes and of the link, by kind.");
+    describe_counter!(
+        "blockferry_sender_hook_failures_total",
+        Unit::Count,
+        "Hooks that failed or were late, by phase."
+    );
+    metrics::describe_histogram!(
+        "blockferry_sender_freeze_seconds",
+        Unit::Seconds,
+        "Time from freezing a disk's file systems to their thaw."
+    );
     describe_counter!("blockferry_sender_errors_total", Unit::Count, "Errors, by kind.");
 }
