@@ -18,9 +18,11 @@ PACKAGES := build-essential clang libclang-dev libbpf-dev libelf-dev zlib1g-dev 
 # What only the tests need: clients of exported disks, a database, and more file systems.
 TEST_PACKAGES := fio libnbd-bin nbdkit qemu-utils qemu-system-common postgresql xfsprogs btrfs-progs
 BENCH_PACKAGES := restic rsync zstd
+GUEST_PACKAGES := qemu-system-x86 busybox-static lvm2 mdadm cpio kmod
 CARGO_DENY_VERSION := 0.20.2
 
-.PHONY: deps test-deps bench-deps build demo test lint fmt deny unit e2e fuzz-short rules bench bench-parts bench-pipeline bench-stage clean
+.PHONY: deps test-deps bench-deps guest-deps build demo test test-long test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
+	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze clean
 
 ## Installs the system packages and cargo-deny; does nothing where all is there.
 deps:
@@ -31,6 +33,9 @@ test-deps: deps
 
 bench-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(BENCH_PACKAGES)
+
+guest-deps: deps
+	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(GUEST_PACKAGES)
 
 build: deps
 	cargo build --release --workspace --locked
@@ -68,6 +73,15 @@ rules:
 unit: build
 	cargo test --release --workspace --locked -- --test-threads=3
 
+## The tests of continuous capture in their long version: 1,000 points for each mode, two minutes of standstill, 50 kills. Hours.
+test-long: test-deps build
+	BLOCKFERRY_LONG=1 cargo test --release --locked -p blockferry-tests --test conformance --test nbd_clients --test source_power \
+		--test standstill --test postgres --test freeze -- --nocapture --test-threads=1
+
+## LVM and md in a guest under two kernels, killed hard. Emulated: some minutes.
+test-guest: guest-deps build
+	python3 tests/guest/run.py $(BIN_DIR) $(CACHE_DIR)
+
 fuzz-short:
 	fuzz/run-short.sh
 
@@ -82,6 +96,22 @@ bench-stage: build
 ## Beside restic, rsync and a zstd pipe. BENCH_FLAGS="--size-mib 1024 --rounds 1" for a short one.
 bench-pipeline: bench-deps build
 	python3 benches/pipeline/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+## Random writes through nbd beside nbdkit and qemu-nbd. BENCH_FLAGS="--seconds 3 --rounds 1" for a short one, of each of these.
+bench-nbd: test-deps build
+	python3 benches/nbd/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+## The same job on a device with and without tracking.
+bench-ebpf: test-deps build
+	python3 benches/ebpf/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+## Recovery point age at 54 MB/s for two minutes.
+bench-rpo: test-deps build
+	python3 benches/rpo/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+## Freeze times over 100 points under load.
+bench-freeze: test-deps build
+	python3 benches/freeze/run.py $(BIN_DIR) $(BENCH_FLAGS)
 
 clean:
 	rm -rf $(CARGO_TARGET_DIR)

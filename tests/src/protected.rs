@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::cgroup::MemoryGroup;
 use crate::pair::{Pair, http_get, metric, program, terminate, wait_for};
 
-/// A running `blockferry-sender run`. Killed when dropped.
+/// A running `blockferry-sender run`. Killed when dropped, and its pins removed.
 #[derive(Debug)]
 pub struct Protected {
     state: PathBuf,
@@ -189,6 +189,10 @@ impl Protected {
 impl Drop for Protected {
     fn drop(&mut self) {
         self.kill();
+        if self.volumes.iter().any(|volume| volume.contains("capture=ebpf")) {
+            // Pins outlive processes, and tests.
+            let _ = self.tool("detach").arg("--all").output();
+        }
         if std::thread::panicking() {
             let log = self.log();
             let tail: Vec<_> = log.lines().rev().take(40).collect();

@@ -38,6 +38,8 @@ pub struct Scenario<'a> {
     pub others_max: usize,
     /// What the writer writes to.
     pub open: OpenTarget<'a>,
+    /// Called before the last point, with the writer at rest: whatever else may still write to the disk ends here.
+    pub at_rest: &'a dyn Fn(),
     /// What it wrote, in a restored image.
     pub restored: OpenRestored<'a>,
 }
@@ -225,6 +227,7 @@ pub fn run_until(
         enough(sender).then_some(())
     });
     let rested = writer.take().expect("it writes").rest(&history);
+    (scenario.at_rest)();
     let (_, id) = ask(sender, scenario.volume, &history);
     asked.push(Asked { id: id.clone(), window: Window { floor: rested, ceiling: history.moment() } });
     judge_all(scenario, pair, &history, &asked, &mut random, &mut account);
