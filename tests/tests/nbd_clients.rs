@@ -140,6 +140,7 @@ fn tools_of_libnbd_qemu_and_fio_read_and_write_what_is_replicated() {
         "--io_size=48M",
         "--verify=crc32c",
         "--verify_fatal=1",
+        "--verify_state_save=0",
         "--fsync=64",
         "--output-format=terse",
     ];
