@@ -26,7 +26,7 @@ use common::session::{ClosedEpoch, Facts, StagedRecord};
 use futures::future::BoxFuture;
 use tokio::sync::OnceCell;
 
-pub use volume::{Scope, Superseded, Volume};
+pub use volume::{Scope, Superseded, Turn, Volume};
 
 /// Why the stage or the catalog did not do what was asked.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -97,6 +97,8 @@ pub struct Recovered {
 pub trait Intake: Send + Sync {
     /// Done once the stage takes a record of the stream's volume in. Safe to cancel.
     fn admit(&self) -> BoxFuture<'_, Result<(), VolumeError>>;
+    /// Done once the stage is full and goes on with another volume first, one for which `by` is true. Safe to cancel.
+    fn passed_over<'a>(&'a self, by: &'a (dyn Fn(VolumeId) -> bool + Send + Sync)) -> BoxFuture<'a, ()>;
 }
 
 /// The stage, as volumes see it.

@@ -165,6 +165,10 @@ impl Intake for Gate {
         let mut open = self.0.clone();
         async move { open.wait_for(|open| *open).await.map(drop).map_err(|_| dead()) }.boxed()
     }
+
+    fn passed_over<'a>(&'a self, _by: &'a (dyn Fn(VolumeId) -> bool + Send + Sync)) -> BoxFuture<'a, ()> {
+        futures::future::pending().boxed()
+    }
 }
 
 impl Staging for Parts {

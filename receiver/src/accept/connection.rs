@@ -1,10 +1,10 @@
 //! One machine's connection: takes its streams and finds the session that each belongs to.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use common::format::frame::{Frame, RefusalCode};
-use common::ids::SessionId;
+use common::ids::{SessionId, VolumeId};
 use common::limits;
 use common::net::identity::PeerIdentity;
 use common::session::Claim;
@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::stream::{self, FrameReader};
 use super::{Acceptor, CLOSED_NOT_ALLOWED, CLOSED_SHUTDOWN, CLOSED_UNUSED, count};
-use crate::volumes::{Scope, Volume};
+use crate::volumes::{Intake, Scope, Volume};
 
 /// A session of this connection.
 #[derive(Clone)]
@@ -27,13 +27,20 @@ pub(super) struct Session {
 
 /// Sessions of this connection by the id that `Attach` frames name.
 #[derive(Default)]
-struct Sessions {
+pub(super) struct Sessions {
     by_id: Mutex<HashMap<SessionId, Session>>,
+    /// Volumes that were claimed over this connection: what one of them leaves unread counts against the window of all.
+    volumes: Mutex<HashSet<VolumeId>>,
 }
 
 impl Sessions {
     fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<SessionId, Session>> {
         self.by_id.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// True where the volume was claimed over this connection.
+    pub(super) fn shares_window(&self, volume: VolumeId) -> bool {
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).contains(&volume)
     }
 }
 
@@ -115,7 +122,7 @@ impl Peer {
                     Ok(Ok(())) if stream != 0 => {}
                     _ => return self.give_up(send, "bad_stream", "the stream can't be attached"),
                 }
-                stream::serve_attached(&self.acceptor, &found, stream, send, reader).await;
+                stream::serve_attached(&self.acceptor, &self.sessions, &found, stream, send, reader).await;
                 true
             }
             open @ Frame::Open { .. } => match Claim::from_frame(open) {
@@ -135,8 +142,8 @@ impl Peer {
 
     async fn serve_session(&self, claim: Claim, send: SendStream, reader: FrameReader) -> bool {
         let id = claim.session;
-        let session = match self.authorise(claim).await {
-            Ok(session) => session,
+        let (session, _turn) = match self.authorise(claim).await {
+            Ok(opened) => opened,
             Err((code, text)) => {
                 count(if code == RefusalCode::NotYours { "not_yours" } else { "open" });
                 tracing::warn!(machine = self.identity.name, ?code, reason = text, "a claim was refused");
@@ -147,7 +154,7 @@ impl Peer {
                 return false;
             }
         };
-        stream::serve_control(&self.acceptor, &session, send, reader).await;
+        stream::serve_control(&self.acceptor, &self.sessions, &session, send, reader).await;
         session.over.cancel();
         session.volume.disconnect(&session.scope);
         let mut sessions = self.sessions.lock();
@@ -157,8 +164,9 @@ impl Peer {
         true
     }
 
-    /// Opens the volume of a claim for this connection, if it is the machine's.
-    async fn authorise(&self, claim: Claim) -> Result<Session, (RefusalCode, String)> {
+    /// Opens the volume of a claim for this connection, if it is the machine's. A session that gave way to another volume waits
+    /// here for its turn, and keeps its place at the stage's gate.
+    async fn authorise(&self, claim: Claim) -> Result<(Session, Option<Box<dyn Intake>>), (RefusalCode, String)> {
         if (self.acceptor.revoked)(&self.identity) {
             return Err((RefusalCode::NotYours, "this certificate was revoked".into()));
         }
@@ -182,12 +190,19 @@ impl Peer {
             Err(refusal) => return Err(refusal),
         };
         let session = claim.session;
+        self.sessions.volumes.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
+        let mut place = None;
+        if let Some(_turn) = volume.turn_of(session) {
+            let intake = self.acceptor.volumes.staging().intake_of(id);
+            intake.admit().await.map_err(|error| (error.refusal(), error.to_string()))?;
+            place = Some(intake);
+        }
         let mut sessions = self.sessions.lock();
         let scope = volume
             .open(claim)
             .map_err(|_| (RefusalCode::GoingAway, "the volume is being unloaded; connect again".to_owned()))?;
         let opened = Session { volume, scope, over: CancellationToken::new() };
         sessions.insert(session, opened.clone());
-        Ok(opened)
+        Ok((opened, place))
     }
 }

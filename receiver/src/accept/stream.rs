@@ -11,7 +11,7 @@ use common::session::SessionError;
 use quinn::{RecvStream, SendStream, VarInt};
 use tokio::io::AsyncReadExt as _;
 
-use super::connection::Session;
+use super::connection::{Session, Sessions};
 use super::{Acceptor, count};
 use crate::volumes::{Superseded, VolumeError};
 
@@ -43,6 +43,9 @@ pub(super) enum ReadError {
     /// The stage takes nothing more.
     #[error(transparent)]
     Stage(#[from] VolumeError),
+    /// The stage is full and goes on with another volume of this connection.
+    #[error("the stage is full and another volume goes first")]
+    PassedOver,
     /// A record can never fit the budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -118,13 +121,19 @@ fn gone(error: impl std::fmt::Display) -> ReadError {
 }
 
 /// Serves stream 0 until the session is over on this connection.
-pub(super) async fn serve_control(acceptor: &Acceptor, session: &Session, send: SendStream, mut reader: FrameReader) {
+pub(super) async fn serve_control(
+    acceptor: &Acceptor,
+    sessions: &Sessions,
+    session: &Session,
+    send: SendStream,
+    mut reader: FrameReader,
+) {
     let writing = write_control(session, send);
     tokio::pin!(writing);
     let error = tokio::select! {
         // The writer ends once it has told the peer that the session is over, or can't write any more.
         () = &mut writing => return,
-        error = read(acceptor, session, 0, &mut reader) => error,
+        error = read(acceptor, sessions, session, 0, &mut reader) => error,
     };
     note(session, &error);
     if !matches!(error, ReadError::Gone(_)) {
@@ -136,6 +145,7 @@ pub(super) async fn serve_control(acceptor: &Acceptor, session: &Session, send: 
 /// Serves a stream of records until the session is over on this connection.
 pub(super) async fn serve_attached(
     acceptor: &Acceptor,
+    sessions: &Sessions,
     session: &Session,
     stream: u8,
     mut send: SendStream,
@@ -144,10 +154,10 @@ pub(super) async fn serve_attached(
     tokio::select! {
         () = session.over.cancelled() => {}
         _ = write_frames(session, stream, &mut send) => {}
-        error = read(acceptor, session, stream, &mut reader) => {
+        error = read(acceptor, sessions, session, stream, &mut reader) => {
             note(session, &error);
             // A session that lost a stream can't go on; stream 0 tells why, or finds the connection gone.
-            if !matches!(error, ReadError::Superseded(_)) {
+            if !matches!(error, ReadError::Superseded(_) | ReadError::PassedOver) {
                 let text = format!("stream {stream}: {error}");
                 session.volume.refuse(&session.scope, RefusalCode::GoingAway, text);
             }
@@ -163,6 +173,10 @@ fn note(session: &Session, error: &ReadError) {
         ReadError::Gone(_) | ReadError::Superseded(_) => return,
         // The session counts it and has refused by itself.
         ReadError::Session(_) => return,
+        ReadError::PassedOver => {
+            count("stage_full");
+            return session.volume.give_way(&session.scope);
+        }
         ReadError::Paused => ("slow_stream", RefusalCode::GoingAway),
         ReadError::Format(_) => ("bad_frame", RefusalCode::BadMessage),
         ReadError::Stage(error) => (error.kind(), error.refusal()),
@@ -173,8 +187,14 @@ fn note(session: &Session, error: &ReadError) {
 }
 
 /// Reads until something ends it.
-async fn read(acceptor: &Acceptor, session: &Session, stream: u8, reader: &mut FrameReader) -> ReadError {
-    match read_frames(acceptor, session, stream, reader).await {
+async fn read(
+    acceptor: &Acceptor,
+    sessions: &Sessions,
+    session: &Session,
+    stream: u8,
+    reader: &mut FrameReader,
+) -> ReadError {
+    match read_frames(acceptor, sessions, session, stream, reader).await {
         Ok(never) => match never {},
         Err(error) => error,
     }
@@ -182,6 +202,7 @@ async fn read(acceptor: &Acceptor, session: &Session, stream: u8, reader: &mut F
 
 async fn read_frames(
     acceptor: &Acceptor,
+    sessions: &Sessions,
     session: &Session,
     stream: u8,
     reader: &mut FrameReader,
@@ -189,6 +210,7 @@ async fn read_frames(
     let received = metrics::counter!("blockferry_receiver_received_bytes_total");
     let (volume, scope) = (&session.volume, &session.scope);
     let intake = acceptor.volumes.staging().intake_of(volume.id());
+    let shares_window = |other| sessions.shares_window(other);
     loop {
         let begun = reader.begin().await?;
         let len = (FRAME_HEAD_BYTES + begun.head.body_len) as u64;
@@ -198,7 +220,12 @@ async fn read_frames(
             continue;
         }
         // First the stage, since who waits for it must not sit on memory.
-        intake.admit().await?;
+        tokio::select! {
+            biased;
+            admitted = intake.admit() => admitted?,
+            // Unread here it would fill the window of the connection, and the other's records could not come.
+            () = intake.passed_over(&shares_window) => return Err(ReadError::PassedOver),
+        }
         let permit: Permit = acceptor.budget.acquire(len).await?;
         let Frame::Record { seq, record } = reader.finish(begun).await? else {
             return Err(FormatError::Invalid { what: "frame kind", found: 0 }.into());

@@ -38,6 +38,10 @@ impl Intake for IntakeOfStream {
     fn admit(&self) -> BoxFuture<'_, Result<(), VolumeError>> {
         Box::pin(async { self.0.admit().await.map_err(failed) })
     }
+
+    fn passed_over<'a>(&'a self, by: &'a (dyn Fn(VolumeId) -> bool + Send + Sync)) -> BoxFuture<'a, ()> {
+        Box::pin(self.0.passed_over(by))
+    }
 }
 
 impl Staging for StageOfVolumes {

@@ -46,6 +46,19 @@ impl VolumeIntake {
             }
         }
     }
+
+    /// Done once the stage is full and goes on with another volume first, one for which `by` is true. Safe to cancel.
+    pub async fn passed_over(&self, by: impl Fn(VolumeId) -> bool + Send) {
+        let mut changes = self.shared.intake.subscribe();
+        let passed = changes.wait_for(|now| match now {
+            Intake::Full { favoured: Some(other) } => *other != self.volume && by(*other),
+            _ => false,
+        });
+        if passed.await.is_err() {
+            // The stage is gone, which whoever waits to be admitted is told.
+            std::future::pending::<()>().await;
+        }
+    }
 }
 
 impl Drop for VolumeIntake {

@@ -359,6 +359,9 @@ async fn a_stage_full_of_open_epochs_lets_one_volume_finish() {
     assert_eq!(favoured(&stage), Some(sources[1].volume()));
     let mut first = Box::pin(intakes[0].admit());
     assert!(futures::poll!(&mut first).is_pending());
+    intakes[0].passed_over(|other| other == sources[1].volume()).await;
+    assert!(futures::poll!(Box::pin(intakes[0].passed_over(|_| false))).is_pending(), "it does not mind that one");
+    assert!(futures::poll!(Box::pin(intakes[1].passed_over(|_| true))).is_pending(), "it is the one that goes on");
     // … until it has closed its epoch, which can then be forwarded.
     close(&stage, &sources[1].close(1, &records[1], None)).await;
     assert_eq!(favoured(&stage), None);

@@ -8,7 +8,7 @@ use common::format::close::Close;
 use common::format::frame::{Frame, RefusalCode};
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
-use common::ids::{CloseId, Epoch, Geometry, VolumeId};
+use common::ids::{CloseId, Epoch, Geometry, SessionId, VolumeId};
 use common::session::{Claim, Facts, ReceiverEvent, ReceiverSession, SessionError, Ticket};
 use futures::future::{BoxFuture, OptionFuture};
 use futures::stream::FuturesUnordered;
@@ -51,6 +51,10 @@ struct State {
     scope: Arc<Scope>,
     /// When the last sender went away, or the volume was loaded.
     left: Instant,
+    /// The session that was ended because the stage is full and another volume goes first.
+    gave_way: Option<SessionId>,
+    /// Its claims that wait for their turn.
+    waiting: usize,
     stopped: bool,
 }
 
@@ -87,6 +91,8 @@ impl Volume {
                 session: ReceiverSession::new(facts),
                 scope,
                 left: Instant::now(),
+                gave_way: None,
+                waiting: 0,
                 stopped: false,
             }),
             work: Notify::new(),
@@ -140,6 +146,7 @@ impl Volume {
         state.scope.over.cancel();
         let scope = Arc::new(Scope { number: state.scope.number + 1, over: CancellationToken::new() });
         state.scope = Arc::clone(&scope);
+        state.gave_way = None;
         state.session.handle_open(claim);
         drop(state);
         self.changed();
@@ -193,6 +200,32 @@ impl Volume {
         let _ = self.with(scope, |session| session.refuse(code, text));
     }
 
+    /// Ends the session of this scope because the stage is full and another volume of its connection goes first: what this one's
+    /// streams hold unread would keep that one's records from coming. It may claim the volume again, see [`Self::turn_of`].
+    pub fn give_way(&self, scope: &Scope) {
+        let mut state = self.lock();
+        if state.scope.number == scope.number {
+            state.gave_way = state.session.session();
+            let text = "the stage is full and another volume goes first; its turn comes";
+            state.session.refuse(RefusalCode::GoingAway, text.to_owned());
+            drop(state);
+            self.changed();
+        }
+    }
+
+    /// A place among those who wait for their turn, where `session` gave way before. Whoever claims the volume for it waits at
+    /// the stage's gate before it is opened. `None` where there is nothing to wait for: another session, above all, which
+    /// drops what the earlier one left in the stage.
+    #[must_use]
+    pub fn turn_of(&self, session: SessionId) -> Option<Turn<'_>> {
+        let mut state = self.lock();
+        if state.gave_way != Some(session) {
+            return None;
+        }
+        state.waiting += 1;
+        Some(Turn(self))
+    }
+
     /// The next frame for a stream.
     ///
     /// # Errors
@@ -218,7 +251,7 @@ impl Volume {
     /// Since when no sender is connected; `None` while one is.
     pub(super) fn away_since(&self) -> Option<Instant> {
         let state = self.lock();
-        (!state.session.is_connected()).then_some(state.left)
+        (!state.session.is_connected() && state.waiting == 0).then_some(state.left)
     }
 
     /// Gives up the open epochs of a sender that is away; see [`ReceiverSession::shed_open`].
@@ -261,6 +294,18 @@ impl Volume {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A claim that waits for its turn; its sender is not away.
+#[derive(Debug)]
+pub struct Turn<'a>(&'a Volume);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.waiting -= 1;
+        state.left = Instant::now();
     }
 }
 

@@ -68,6 +68,12 @@ pub enum Order {
     Detach(tokio::sync::oneshot::Sender<Result<(), String>>),
 }
 
+/// What each volume may take of the memory for payload, so that volumes whose receiver does not take their records now leave
+/// enough for one whose receiver does: a full stage goes on with one volume, and would wait for it for ever.
+fn payload_share(shared: &Shared) -> u64 {
+    shared.budget.payload() / shared.config.volumes.len().max(1) as u64
+}
+
 /// A cut that is being sealed.
 struct Running {
     pass: Pass,
@@ -148,7 +154,7 @@ impl VolumeAgent {
             streams: shared.config.streams,
             known: state.known().close,
             journaled: state.journaled(),
-            outstanding_bytes_max: OUTSTANDING_BYTES_MAX.min(shared.budget.payload() / 2),
+            outstanding_bytes_max: OUTSTANDING_BYTES_MAX.min(payload_share(&shared) / 2),
         };
         let (sender, events) = shared.sender.open_volume(&name, config)?;
         let seed = EpochSeed {
@@ -410,6 +416,7 @@ impl VolumeAgent {
                 hash_key: self.state.identity().hash_key,
                 gate: Arc::clone(&self.gate),
                 budget: self.shared.budget.clone(),
+                outputs_bytes_max: payload_share(&self.shared) / 4,
                 // A first replication is to end; a verification has time, and the machine works meanwhile.
                 read_limit: self.shared.config.verify_rate.filter(|_| standing.state == CaptureState::Verifying),
                 volume: self.name.clone(),

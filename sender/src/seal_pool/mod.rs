@@ -195,6 +195,8 @@ pub struct PassConfig {
     pub gate: Arc<EpochGate>,
     /// What records are charged to.
     pub budget: Budget,
+    /// Bytes of sealed records that may wait for the volume's agent before its turn is passed over.
+    pub outputs_bytes_max: u64,
     /// How fast its pages may be read, in bytes a second; `None` for as fast as can be.
     pub read_limit: Option<ByteRate>,
     /// The volume's name, a label of metrics.
@@ -214,7 +216,7 @@ impl Pass {
     /// Begins to seal a cut.
     #[must_use]
     pub fn start(pool: &SealPool, config: PassConfig) -> Self {
-        // Bounded by `OUTPUTS_MAX`: a job with more is not worked on.
+        // Bounded by `outputs_max`: a job with more is not worked on.
         let (sender, outputs) = mpsc::unbounded_channel();
         let labels = [("volume", config.volume.clone())];
         let job = Arc::new(Job {
@@ -224,6 +226,8 @@ impl Pass {
             state: Mutex::default(),
             guess: Mutex::default(),
             outstanding: AtomicUsize::new(0),
+            outputs_max: usize::try_from(config.outputs_bytes_max / limits::RECORD_BYTES_MAX as u64)
+                .map_or(OUTPUTS_MAX, |outputs| outputs.clamp(2, OUTPUTS_MAX)),
             stopped: AtomicBool::new(false),
             outputs: sender,
             config,
@@ -255,7 +259,7 @@ impl Pass {
         // The pool went away.
         let output = output.unwrap_or(PassOutput::Failed(PassError::Died));
         self.ended = !matches!(output, PassOutput::Sealed(_));
-        if self.job.outstanding.fetch_sub(1, Ordering::AcqRel) == OUTPUTS_MAX {
+        if self.job.outstanding.fetch_sub(1, Ordering::AcqRel) == self.job.outputs_max {
             self.pool.inner.wake();
         }
         Some(output)
@@ -287,6 +291,7 @@ struct Job {
     outputs: mpsc::UnboundedSender<PassOutput>,
     /// Outputs that the agent has not taken.
     outstanding: AtomicUsize,
+    outputs_max: usize,
     stopped: AtomicBool,
     read_counter: metrics::Counter,
     captured_counter: metrics::Counter,
@@ -340,7 +345,7 @@ impl Job {
             return None;
         }
         let over = state.exhausted || state.failure.is_some();
-        if !over && self.outstanding.load(Ordering::Acquire) < OUTPUTS_MAX && state.order.has_room() {
+        if !over && self.outstanding.load(Ordering::Acquire) < self.outputs_max && state.order.has_room() {
             if let Some(piece) = self.config.pages.next() {
                 state.working += 1;
                 state.next_read = self.config.read_limit.map(|limit| next_read(state.next_read, &piece, limit));

@@ -109,6 +109,7 @@ impl Bench {
             hash_key: self.state.identity().hash_key,
             gate: Arc::clone(&self.gate),
             budget: self.budget.clone(),
+            outputs_bytes_max: u64::MAX,
             read_limit: None,
             volume: "root".to_owned(),
         };
