@@ -55,6 +55,8 @@ pub use volume::{Order, Outcome};
 
 /// How long `--once` goes on trying to reach a receiver, at the start and in the middle.
 const ONCE_PATIENCE: Duration = Duration::from_secs(120);
+/// How soon calls that a receiver did not answer are made again.
+const CALL_PAUSE: Duration = Duration::from_millis(500);
 /// How often a long run looks whether its certificate is due for renewal.
 const RENEWAL_INTERVAL: Duration = Duration::from_secs(6 * 3600);
 
@@ -330,11 +332,34 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let Some(mut control) = connect(&enrolment, patience, &shutdown).await? else {
         return Ok(interrupted(&shutdown));
     };
-    control.renew_if_due(&mut enrolment, &config.state_dir, clock.now()).await?;
+    match control.renew_if_due(&mut enrolment, &config.state_dir, clock.now()).await {
+        // It is tried again while the sender runs.
+        Err(error @ AgentError::Unreachable { .. }) => {
+            tracing::warn!(%error, "could not ask for this machine's certificate to be renewed");
+        }
+        other => drop(other?),
+    }
     let mut ready = Vec::new();
     for (mut local, capture) in volumes {
-        let prepared =
-            prepare::prepare(&mut control, &enrolment, &key_file, &state, &events, &mut local, clock.now()).await;
+        let begun = tokio::time::Instant::now();
+        let prepared = loop {
+            let prepared =
+                prepare::prepare(&mut control, &enrolment, &key_file, &state, &events, &mut local, clock.now()).await;
+            // The receiver went away in the middle of a call: the calls are made so that they can be repeated.
+            match prepared {
+                Err(error @ AgentError::Unreachable { .. })
+                    if patience.is_none_or(|patience| begun.elapsed() <= patience) =>
+                {
+                    tracing::warn!(%error, "trying again");
+                    tokio::time::sleep(CALL_PAUSE).await;
+                }
+                other => break other,
+            }
+            match connect(&enrolment, patience, &shutdown).await? {
+                Some(again) => control = again,
+                None => return Ok(interrupted(&shutdown)),
+            }
+        };
         let begun = prepared.and_then(|prepared| {
             let capture = match capture {
                 Some(capture) => capture,
