@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What tracking costs the machine that is tracked: the same fio job on the same loop device with and without, in pairs.
 
-usage: run.py BIN_DIR [--size-mib 1024] [--seconds 8] [--rounds 5]
+usage: run.py BIN_DIR [--size-mib 512] [--seconds 8] [--rounds 5]
 
 With tracking the sender is attached and stopped in its tracks (SIGSTOP) for the first table, so that only the BPF programs are
 measured; in the second it replicates meanwhile, on the same cores.
@@ -26,7 +26,7 @@ def job(device, block, depth, options):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("bin_dir")
-    parser.add_argument("--size-mib", type=int, default=1024)
+    parser.add_argument("--size-mib", type=int, default=512)
     parser.add_argument("--seconds", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -43,7 +43,7 @@ def main():
 
 
 def measure(pair, device, options):
-    volume = f"disk={device},capture=ebpf"
+    number = 0
     print("| job | what runs | IOPS without | IOPS with | with : without, median of pairs |\n| --- | --- | --- | --- | --- |")
     for block, depth in [("4k", 1), ("4k", 32)]:
         for what in ("tracking alone", "tracking and replication"):
@@ -53,8 +53,11 @@ def measure(pair, device, options):
                     return job(device, block, depth, options)["iops"]
 
                 def tracked():
-                    pair.protect([volume], "--point-interval", "2s")
-                    pair.first_point("disk")
+                    # A new volume each time: what was detached has to be adopted to go on.
+                    nonlocal number
+                    number += 1
+                    pair.protect([f"disk{number}={device},capture=ebpf"], "--point-interval", "2s")
+                    pair.first_point(f"disk{number}")
                     if what == "tracking alone":
                         pair.sender.send_signal(signal.SIGSTOP)
                     result = job(device, block, depth, options)["iops"]

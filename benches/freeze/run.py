@@ -3,8 +3,7 @@
 
 usage: run.py BIN_DIR [--size-mib 1024] [--points 100] [--limit 100ms]
 
-The time is the sender's own (`blockferry_sender_freeze_seconds`, or the event of the point where there is no such metric), and
-beside it the longest write that fio saw.
+The time is the sender's own (`blockferry_sender_freeze_seconds`), and beside it the longest write that fio saw.
 """
 import argparse
 import json
@@ -52,7 +51,7 @@ def measure(pair, mount, options):
     load = subprocess.Popen(job, stdout=subprocess.PIPE, text=True)
     frozen, kinds, none = [], {}, 0
     while sum(kinds.values()) < options.points:
-        before = pair.metric("blockferry_sender_freeze_seconds_sum")
+        before = [pair.metric(f"blockferry_sender_freeze_seconds_{part}") for part in ("sum", "count")]
         answer = pair.point("disk")
         if answer is None:
             none += 1
@@ -61,12 +60,16 @@ def measure(pair, mount, options):
             continue
         consistency = (answer[0]["point"] or {}).get("consistency", "none")
         kinds[consistency] = kinds.get(consistency, 0) + 1
-        frozen.append((pair.metric("blockferry_sender_freeze_seconds_sum") - before) * 1e3)
+        seconds, freezes = (
+            pair.metric(f"blockferry_sender_freeze_seconds_{part}") - was for part, was in zip(("sum", "count"), before)
+        )
+        # A point that took more than one freeze gives their mean as often as there were any.
+        frozen += [seconds / freezes * 1e3] * int(freezes)
     load.send_signal(signal.SIGINT)
     output = load.communicate()[0]
     slowest = json.loads(output[output.index("{") :])["jobs"][0]["write"]["clat_ns"]["max"] / 1e6
-    print("| points | consistency | frozen, median ms | max ms | --freeze-limit | longest write of fio, ms |\n| --- | --- | --- | --- | --- | --- |")
-    figures = f"{statistics.median(frozen):.1f} | {max(frozen):.1f}"
+    print("| points | consistency | freezes | frozen, median ms | max ms | --freeze-limit | longest write of fio, ms |\n| --- | --- | --- | --- | --- | --- | --- |")
+    figures = f"{len(frozen)} | {statistics.median(frozen):.1f} | {max(frozen):.1f}"
     print(f"| {options.points} | {kinds} | {figures} | {options.limit} | {slowest:.1f} |")
 
 

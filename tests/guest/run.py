@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "demo"))
@@ -100,7 +101,8 @@ class Guest:
 
     def until(self, marker, seconds):
         """Reads what the guest says until it says `marker`."""
-        deadline = time.monotonic() + seconds
+        alarm = threading.Timer(seconds, self.process.kill)
+        alarm.start()
         for line in self.process.stdout:
             line = line.rstrip()
             print("  " + line, flush=True)
@@ -109,11 +111,12 @@ class Guest:
                 self.said.append(said)
                 if said.startswith("failed"):
                     print(self.process.stdout.read())
+                    alarm.cancel()
                     fail(f"the guest {said}")
                 if said == marker:
+                    alarm.cancel()
                     return
-            if time.monotonic() > deadline:
-                break
+        alarm.cancel()
         self.kill()
         fail(f'the guest did not say "{marker}"')
 
