@@ -42,6 +42,10 @@ pub(super) fn remove(path: &Path) -> Result<(), StateError> {
     }
 }
 
+/// How often, and how long apart, a lock that is taken is asked for again.
+const LOCK_ATTEMPTS: u32 = 25;
+const LOCK_PAUSE: std::time::Duration = std::time::Duration::from_millis(20);
+
 /// Takes `directory` for this process until the handle is dropped, also at its death.
 ///
 /// # Errors
@@ -56,7 +60,17 @@ pub(super) fn lock(directory: &Path) -> Result<File, StateError> {
         .mode(0o600)
         .open(&path)
         .map_err(|error| StateError::io("open", &path, error))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+    // A program that is being started holds a copy of a lock that was just given back, until it has begun: that passes.
+    let lock = || rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive);
+    let mut locked = lock();
+    for _ in 0..LOCK_ATTEMPTS {
+        if locked != Err(rustix::io::Errno::WOULDBLOCK) {
+            break;
+        }
+        std::thread::sleep(LOCK_PAUSE);
+        locked = lock();
+    }
+    match locked {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let pid = std::fs::read_to_string(&path).ok().and_then(|text| text.trim().parse().ok());
