@@ -64,6 +64,9 @@ class LivePair(Pair):
         if self.sender:
             self.sender.kill()
             self.sender.wait()
+        # What tracks in the kernel outlives processes.
+        detach = [self.program("blockferry-sender"), "detach", "--all", "--state-dir", self.state]
+        subprocess.run(detach, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
         super().close()
 
 
