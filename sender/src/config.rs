@@ -9,6 +9,7 @@ use std::time::Duration;
 use common::budget::{self, Budget, BudgetError, MemoryTable};
 use common::limits;
 use common::net::quic::{Congestion, QuicTuning};
+use common::ops::config::FileError;
 use common::ops::logging::{LogFormat, LogLevel};
 use common::units::{BudgetSpec, ByteCount, ByteRate, DurationText};
 use serde::Deserialize;
@@ -27,22 +28,9 @@ const QUIC_SHARE: u64 = 4;
 /// What is wrong with the configuration. All of it is exit code 2.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// The file can't be read.
-    #[error("cannot read the configuration {}: {source}; check --config", path.display())]
-    Unreadable {
-        /// The file.
-        path: PathBuf,
-        /// The system's error.
-        source: std::io::Error,
-    },
-    /// The file's content is wrong.
-    #[error("configuration {}: {problem}", path.display())]
-    Malformed {
-        /// The file.
-        path: PathBuf,
-        /// What and where.
-        problem: String,
-    },
+    /// The file.
+    #[error(transparent)]
+    File(#[from] FileError),
     /// Values that do not fit together.
     #[error("{0}")]
     Invalid(String),
@@ -110,16 +98,9 @@ impl FileConfig {
     /// Reads `path`, or the default place if there is a file there.
     ///
     /// # Errors
-    /// [`ConfigError::Unreadable`], [`ConfigError::Malformed`].
+    /// [`ConfigError::File`].
     pub fn load(path: Option<&Path>) -> Result<Self, ConfigError> {
-        let (path, chosen) = path.map_or((Path::new(CONFIG_DEFAULT), false), |path| (path, true));
-        let text = match std::fs::read_to_string(path) {
-            Ok(text) => text,
-            Err(error) if !chosen && error.kind() == std::io::ErrorKind::NotFound => return Ok(Self::default()),
-            Err(source) => return Err(ConfigError::Unreadable { path: path.into(), source }),
-        };
-        toml::from_str(&text)
-            .map_err(|error| ConfigError::Malformed { path: path.into(), problem: error.to_string().trim().to_owned() })
+        Ok(common::ops::config::load(path, Path::new(CONFIG_DEFAULT))?)
     }
 }
 
