@@ -201,6 +201,19 @@ mod tests {
         cuts.begin(&Cut { id: CutId(id), pages, time, asserts, group: None, weaker: String::new() });
     }
 
+    #[test]
+    fn a_cut_made_before_a_point_was_asked_for_does_not_answer() {
+        let mut cuts = Cuts::default();
+        let (reply, mut answer) = oneshot::channel();
+        let wish = PointWish { consistency: Consistency::Crash, group: None };
+        cuts.wait(PointRequest { wish, reply }, UnixMillis(1));
+        begin(&mut cuts, 1, Asserts::Point(Consistency::Crash)); // at 0
+        sealed(&mut cuts, 1);
+        let cut = cuts.pop_committed(Epoch(1)).expect("committed");
+        assert!(cuts.answer(&cut, None).is_empty(), "nobody waited for it, so nothing is wished for again");
+        assert!(answer.try_recv().is_err());
+    }
+
     fn sealed(cuts: &mut Cuts, epoch: u64) {
         let cut = cuts.newest_mut().expect("one was begun");
         cut.last = Some(ClosedEpoch { epoch: Epoch(epoch), close: CloseId([1; 32]) });
