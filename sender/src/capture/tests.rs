@@ -250,6 +250,20 @@ fn only_pages_that_differ_are_found_and_zeros_are_told_apart() {
 }
 
 #[test]
+fn a_page_that_may_not_be_compared_differs_whatever_its_hash_says() {
+    let block = noise(3, BLOCK_BYTES);
+    let first = compare(&[5; 32], &block, PageMask::FULL, PageMask::FULL, &HashEntry::UNKNOWN);
+    let known = HashEntry(first.hashes.try_into().expect("all 64"));
+    let comparable = PageMask(!0b101);
+    assert_eq!(compare(&[5; 32], &block, PageMask::FULL, comparable, &known).data, PageMask(0b101));
+    assert_eq!(
+        compare(&[5; 32], &block, PageMask(0b11), comparable, &known).data,
+        PageMask(0b1),
+        "only pages asked for"
+    );
+}
+
+#[test]
 fn a_block_of_zeros_is_all_zero_only_where_it_has_all_its_pages() {
     let block = vec![0; BLOCK_BYTES];
     assert!(compare(&[5; 32], &block, PageMask::FULL, PageMask::FULL, &HashEntry::UNKNOWN).all_zero);
