@@ -69,9 +69,9 @@ rules:
 	promtool check config --syntax-only deploy/prometheus/scrape.yml
 
 ## All tests: units, properties, simulations, and the binaries end to end. End-to-end tests run a few at a time: each has
-## a receiver and a sender of its own.
+## a receiver and a sender of its own. One that fails does not hide what the others have to say.
 unit: build
-	cargo test --release --workspace --locked -- --test-threads=3
+	cargo test --release --workspace --locked --no-fail-fast -- --test-threads=3
 
 ## The tests of continuous capture in their long version: 1,000 points for each mode, two minutes of standstill, 50 kills. Hours.
 test-long: test-deps build

@@ -120,7 +120,20 @@ fn points_prints_the_rows_that_scripts_rely_on() {
     assert_eq!(rows.len(), 2);
     let mut keys: Vec<_> = rows[0].as_object().expect("an object").keys().map(String::as_str).collect();
     keys.sort_unstable();
-    assert_eq!(keys, ["bytes_new", "committed", "consistency", "epoch", "id", "machine", "proof", "time", "volume"]);
+    let expected = [
+        "bytes_new",
+        "committed",
+        "consistency",
+        "epoch",
+        "group",
+        "group_point",
+        "id",
+        "machine",
+        "proof",
+        "time",
+        "volume",
+    ];
+    assert_eq!(keys, expected);
     assert_eq!((rows[0]["consistency"].as_str(), rows[1]["consistency"].as_str()), (Some("crash"), Some("fuzzy")));
     assert_eq!((rows[0]["machine"].as_str(), rows[0]["volume"].as_str()), (Some("web"), Some("root")));
     assert_eq!(rows[1]["id"], volume.head().to_string());
