@@ -17,7 +17,10 @@ use blockferry_tests::protected::Protected;
 const DISK: u64 = 1 << 30;
 
 fn hooks(pair: &Pair) -> PathBuf {
-    let ready = Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").join("deploy/hooks/postgresql");
+    let ready = Path::new(&std::env::var("CARGO_MANIFEST_DIR").expect("cargo says where the crate lies"))
+        .parent()
+        .expect("the workspace")
+        .join("deploy/hooks/postgresql");
     let dir = pair.file("hooks");
     let copy = std::process::Command::new("cp").arg("-r").arg(&ready).arg(&dir).output();
     check("cp of the ready hooks", &copy.expect("coreutils are installed"));

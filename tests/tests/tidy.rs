@@ -67,7 +67,10 @@ const CODE_LINES_MAX: usize = 600;
 const TEST_LINES_MAX: usize = 800;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the crate lies in the workspace").to_owned()
+    Path::new(&std::env::var("CARGO_MANIFEST_DIR").expect("cargo says where the crate lies"))
+        .parent()
+        .expect("the crate lies in the workspace")
+        .to_owned()
 }
 
 /// All Rust files below `folder` (or the file itself), with their paths from the workspace's root.
