@@ -1,7 +1,7 @@
 //! Blockferry's shared core.
 //!
 //! Pure modules (no sockets, files, wall clock or OS randomness): [`ids`], [`units`], [`limits`], [`error`], [`format`],
-//! [`seal`], [`session`]. Impure rim: [`budget`] (reads cgroups), [`clock`] and [`rng`] (the handles through which time and
+//! [`nbd`], [`seal`], [`session`]. Impure rim: [`budget`] (reads cgroups), [`clock`] and [`rng`] (the handles through which time and
 //! chance enter), [`net`] (QUIC, TLS identity, generated gRPC types) and [`ops`] (logs, metrics endpoint, exit codes).
 //! `tests/tidy.rs` keeps the line, and so does a build without the feature `rim`, which leaves out `budget`, `net` and `ops`
 //! with all they depend on.
@@ -13,6 +13,7 @@ pub mod error;
 pub mod format;
 pub mod ids;
 pub mod limits;
+pub mod nbd;
 #[cfg(feature = "rim")]
 pub mod net;
 #[cfg(feature = "rim")]

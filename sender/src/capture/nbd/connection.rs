@@ -17,12 +17,13 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::admission::Page;
-use super::export::{Export, Failure};
-use super::protocol::{
+use common::nbd::{
     Command, Errno, ExportFacts, Handshake, HandshakeStep, Negotiated, ProtocolError, REQUEST_BYTES, Request,
     data_chunk, error_chunk, simple_reply,
 };
+
+use super::admission::Page;
+use super::export::{Export, Failure};
 use super::server::{Bounds, Slot};
 use crate::events::EventKind;
 
@@ -519,7 +520,7 @@ fn shake_hands(stream: &Stream, exports: &[Arc<Export>], incoming: &mut Incoming
     }
 }
 
-const _: () = assert!(AHEAD_BYTES > super::protocol::OPTION_BYTES_MAX + 64);
+const _: () = assert!(AHEAD_BYTES > common::nbd::OPTION_BYTES_MAX + 64);
 const _: () = assert!(SCRATCH_BYTES.is_multiple_of(4096));
 // An errno is a number of the protocol, not of this system.
 const _: () = assert!(Errno::Io as u32 == 5);

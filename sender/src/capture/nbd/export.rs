@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 
 use common::ids::{BlockIndex, Geometry};
 use common::limits::{PAGE_BYTES, PAGES_PER_BLOCK};
+use common::nbd::Errno;
 
 use super::admission::{Admission, Admitted, Page};
 use super::backing::{Backing, BackingPath};
 use super::intent::{IntentLog, REGION_PAGES};
-use super::protocol::Errno;
 use super::ranges::RangeId;
 use crate::capture::CaptureError;
 use crate::capture::cut::{Piece, PieceMasks};

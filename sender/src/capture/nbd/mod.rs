@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! client ═ socket ═▶ connection ─▶ export ─▶ backing disk or file
-//!           protocol (PURE)          │ admission (PURE): open cut, backfill set     intent: which regions to compare after a crash
+//!        common::nbd (PURE)          │ admission (PURE): open cut, backfill set     intent: which regions to compare after a crash
 //!                                    ▼
 //!                  NbdCapture::next ─▶ cut of kept contents, or of a part of the backfill set ─▶ seal pool
 //! ```
@@ -25,7 +25,6 @@ mod connection;
 mod cuts;
 mod export;
 mod intent;
-pub mod protocol;
 mod ranges;
 mod server;
 

@@ -10,12 +10,12 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use common::ids::BlockIndex;
+use common::nbd::Errno;
 
 use super::super::admission::Page;
 use super::super::export::Failure;
 use super::super::intent::tests::{MemoryLog, identity};
 use super::super::intent::{self, REGION_BYTES};
-use super::super::protocol::Errno;
 use super::*;
 
 /// A disk as it is, as it would be after a power cut, and the log whose bits have to be durable before it is written.
