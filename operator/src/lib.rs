@@ -7,6 +7,8 @@ pub mod cli;
 pub mod epochs;
 pub mod error;
 pub mod keys;
+pub mod open;
+pub mod point;
 pub mod points;
 pub mod restore;
 pub mod select;

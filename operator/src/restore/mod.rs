@@ -5,8 +5,6 @@
 //! the target (what must not be overwritten ends here), then fetch and write. What is on the target in the end was
 //! authenticated record by record.
 
-#![allow(clippy::cast_possible_truncation, reason = "a log in memory has fewer than 2^32 epochs")]
-
 pub mod device;
 pub mod fetch;
 pub mod group;
@@ -19,28 +17,20 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use catalog::store::Store;
-use catalog::volume::header;
-use catalog::volume::history::History;
 use common::budget::{Budget, MemoryTable};
 use common::error::{Dispose, Disposition};
-use common::format::checkpoint::PointSummary;
-use common::ids::Geometry;
 use common::ops::progress::Progress;
-use common::seal::DataKey;
 use common::units::ByteCount;
-use futures::StreamExt as _;
 
-use crate::epochs::{self, EpochError};
 use crate::error::OperatorError;
-use crate::keys::ReadKeyFile;
+use crate::open::RecordOpener;
+use crate::point::PointSource;
 use crate::select::PointWanted;
 use fetch::{FetchError, Fetcher};
-use plan::{Plan, PlanError, Planner, WINDOW_BLOCKS};
+use plan::{Plan, PlanError, WINDOW_BLOCKS};
 use state::RestoreState;
 use target::{Target, TargetError};
 
-/// Epochs whose metadata is read ahead.
-const EPOCHS_AHEAD: usize = 4;
 /// Memory set aside for one window's plan and for indexes being read.
 const PLAN_BYTES: u64 = 24 << 20;
 
@@ -165,46 +155,13 @@ pub struct RestoreReport {
     pub seconds: f64,
 }
 
-/// Everything that planning needs.
-struct Source {
-    store: Store,
-    history: Arc<History>,
-    point: PointSummary,
-    /// Index of the point's epoch.
-    newest: usize,
-    geometry: Geometry,
-    volume: String,
+fn windows(source: &PointSource) -> u64 {
+    source.geometry.blocks().div_ceil(WINDOW_BLOCKS)
 }
 
-impl Source {
-    /// Plans one window of the disk, newest epoch first, until every page is covered.
-    async fn plan(&self, window: u64) -> Result<Plan, OperatorError> {
-        let mut planner = Planner::new(self.geometry, window * WINDOW_BLOCKS..(window + 1) * WINDOW_BLOCKS);
-        // Epochs of earlier incarnations too: what did not change when the disk grew was not sent again.
-        let numbers: Vec<usize> = (0..=self.newest).rev().collect();
-        let mut loaded = futures::stream::iter(numbers)
-            .map(|number| async move {
-                let epoch = &self.history.epochs[number];
-                Ok::<_, EpochError>((number, epochs::load(&self.store, &self.history, epoch).await?))
-            })
-            .buffered(EPOCHS_AHEAD);
-        let failed = |source| RestoreError::Plan { volume: self.volume.clone(), source };
-        while !planner.is_complete()
-            && let Some(epoch) = loaded.next().await
-        {
-            let (number, records) = epoch?;
-            let statement = self.history.epochs[number].close.statement();
-            let disk = Geometry::new(statement.disk_bytes).expect("a decoded close has a disk size within limits");
-            for (segment, entry) in &records {
-                planner.add(number as u32, statement.epoch, disk, *segment, entry).map_err(failed)?;
-            }
-        }
-        Ok(planner.finish(self.point.epoch).map_err(failed)?)
-    }
-
-    fn windows(&self) -> u64 {
-        self.geometry.blocks().div_ceil(WINDOW_BLOCKS)
-    }
+/// Plans one window of the disk.
+async fn plan_window(source: &PointSource, window: u64) -> Result<Plan, OperatorError> {
+    source.plan(window * WINDOW_BLOCKS..(window + 1) * WINDOW_BLOCKS).await
 }
 
 /// Restores a point as asked.
@@ -217,29 +174,21 @@ pub async fn run(
     out: &mut (dyn std::io::Write + Send),
 ) -> Result<(), OperatorError> {
     let started = Instant::now();
-    let key_file = ReadKeyFile::read(&request.key_file)?;
-    let stored = header::find(store, &request.volume).await?;
-    let header = &stored.header;
-    let volume = header::full_name(header);
-    let history = Arc::new(History::read(store, header).await?);
-    let point = request.point.choose(&volume, &history.points())?;
-    let data_key = key_file.unlock(header)?;
-    let newest = history.find(point.id).expect("the point was listed from this history");
-    let geometry = Geometry::new(point.disk_bytes).expect("a decoded close has a disk size within limits");
-    let source = Source { store: store.clone(), history: Arc::clone(&history), point, newest, geometry, volume };
+    let source = PointSource::open(store, &request.volume, &request.point, &request.key_file).await?;
+    let (header, point) = (&source.header, &source.point);
 
     // Every window must be complete before the first byte is written; a disk of one window is planned once.
     let mut plans = Vec::new();
     let (mut data_bytes, mut fetch_bytes) = (0, 0);
-    for window in 0..source.windows() {
-        let plan = source.plan(window).await?;
+    for window in 0..windows(&source) {
+        let plan = plan_window(&source, window).await?;
         data_bytes += plan.data_bytes();
         fetch_bytes += plan.fetch_bytes();
-        if source.windows() == 1 {
+        if windows(&source) == 1 {
             plans.push(plan);
         }
     }
-    let head = history.position.head.as_ref().expect("a history with a point has a head");
+    let head = source.head();
     let mut report = RestoreReport {
         volume: header.volume.to_string(),
         machine: header.machine_name.clone(),
@@ -259,7 +208,7 @@ pub async fn run(
         seconds: 0.0,
     };
     if !request.dry_run {
-        report.resumed = write(&source, data_key, request, plans, data_bytes).await?;
+        report.resumed = write(&source, request, plans, data_bytes).await?;
     }
     report.seconds = started.elapsed().as_secs_f64();
     print(&report, request.json, out).map_err(OperatorError::Output)
@@ -267,8 +216,7 @@ pub async fn run(
 
 /// Writes the target; true where an earlier run was gone on with.
 async fn write(
-    source: &Source,
-    data_key: DataKey,
+    source: &PointSource,
     request: &RestoreRequest,
     mut plans: Vec<Plan>,
     data_bytes: u64,
@@ -284,18 +232,18 @@ async fn write(
     let budget = Budget::new(MemoryTable::new(request.budget_bytes).with("restore plan", PLAN_BYTES))?;
     let fetcher = Arc::new(Fetcher::new(
         source.store.clone(),
+        RecordOpener::new(Arc::clone(&source.history), source.data_key.clone()),
         Arc::clone(&source.history),
-        data_key,
         Arc::clone(&target),
         budget,
         Arc::clone(&progress),
     ));
     // The first window holds the disk's first block, which is written last: so windows go from the end to the start.
-    for turn in state.window..source.windows() {
-        let window = source.windows() - 1 - turn;
+    for turn in state.window..windows(source) {
+        let window = windows(source) - 1 - turn;
         let plan = match plans.pop() {
             Some(plan) => Arc::new(plan),
-            None => Arc::new(source.plan(window).await?),
+            None => Arc::new(plan_window(source, window).await?),
         };
         state.enter(turn, plan.digest(), plan.items.len());
         if target.needs_zeros() {

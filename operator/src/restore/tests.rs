@@ -1,6 +1,7 @@
 use std::os::unix::fs::MetadataExt as _;
 
 use catalog::volume::fixture::{FixtureVolume, change, image};
+use catalog::volume::history::History;
 use common::clock::UnixMillis;
 use common::format::close::Consistency;
 use common::ops::exit::ExitCode;
