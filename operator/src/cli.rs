@@ -18,6 +18,7 @@ use crate::error::OperatorError;
 use crate::restore::group::GroupRequest;
 use crate::restore::{self, RestoreError, RestoreRequest};
 use crate::select::{PointWanted, parse_close};
+use crate::serve::{self, ServeArgs, ServeError};
 use crate::verify::{self, VerifyRequest};
 use crate::{points, volumes};
 
@@ -37,8 +38,9 @@ struct Cli {
     log: LogArgs,
 }
 
+/// Where the store is, as every command takes it.
 #[derive(Debug, Args)]
-struct StoreArgs {
+pub(crate) struct StoreArgs {
     /// The object store: file:///path, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix
     #[arg(long, value_name = "URL", env = "BLOCKFERRY_STORE")]
     store: String,
@@ -138,6 +140,11 @@ enum Command {
         #[command(flatten)]
         memory: MemoryArgs,
     },
+    /// Serve a recovery point as a disk over NBD, at once; writes go to a local overlay
+    #[command(
+        after_help = "Examples:\n  blockferry serve --store s3://backups/site-a --volume web-1/root --key-file blockferry.key --nbd /run/root.sock\n  qemu-system-x86_64 -m 2G -drive file='nbd+unix:///root?socket=/run/root.sock',format=raw,if=virtio\n  blockferry serve --store file:///srv/store --volume root --key-file blockferry.key --nbd 127.0.0.1:10809 --overlay root.overlay\n\nIt ends with SIGTERM or ^C. The same command with the same --overlay goes on with what was written."
+    )]
+    Serve(ServeArgs),
     /// Look at the volumes in the store
     Volume {
         #[command(subcommand)]
@@ -190,6 +197,8 @@ pub fn main() -> ProcessExit {
         Ok(()) => ExitCode::Ok.into(),
         // Whoever read our output has seen enough.
         Err(OperatorError::Output(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::Ok.into(),
+        // An orderly end is no error.
+        Err(OperatorError::Serve(ended @ ServeError::Ended(_))) => ended.exit().into(),
         Err(error) => {
             report_error(&error);
             error.exit().into()
@@ -210,7 +219,7 @@ async fn run(command: Command) -> Result<(), OperatorError> {
     let mut out = std::io::stdout();
     match command {
         Command::Points { store, volume, json } => {
-            points::run(&open(store).await?, volume.as_deref(), json, &mut out).await?;
+            points::run(&open(&store).await?, volume.as_deref(), json, &mut out).await?;
         }
         Command::Restore {
             store,
@@ -233,7 +242,7 @@ async fn run(command: Command) -> Result<(), OperatorError> {
                 return Err(RestoreError::Format { format }.into());
             }
             let budget_bytes = budget(memory)?;
-            let store = open(store).await?;
+            let store = open(&store).await?;
             if let (Some(machine), Some(to_dir)) = (machine, to_dir) {
                 let request =
                     GroupRequest { machine, point, key_file, to_dir, dry_run, force, state_dir, json, budget_bytes };
@@ -253,20 +262,25 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             };
             let budget_bytes = budget(memory)?;
             let request = VerifyRequest { volume, point, key_file, expect_head, json, budget_bytes };
-            verify::run(&open(store).await?, &request, &mut out).await?;
+            verify::run(&open(&store).await?, &request, &mut out).await?;
+        }
+        Command::Serve(args) => {
+            let budget_bytes = budget(args.memory)?;
+            let store = open(&args.store).await?;
+            serve::run(&store, &args, budget_bytes, &mut out).await?;
         }
         Command::Volume { command: VolumeCommand::List { store, json } } => {
-            volumes::list(&open(store).await?, json, &mut out).await?;
+            volumes::list(&open(&store).await?, json, &mut out).await?;
         }
     }
     out.flush().map_err(OperatorError::Output)
 }
 
-async fn open(args: StoreArgs) -> Result<Store, OperatorError> {
-    let read = |path: PathBuf| {
-        std::fs::read(&path).map_err(|source| OperatorError::File { path: path.display().to_string(), source })
+async fn open(args: &StoreArgs) -> Result<Store, OperatorError> {
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|source| OperatorError::File { path: path.display().to_string(), source })
     };
-    let ca_pem = args.store_ca.map(read).transpose()?;
+    let ca_pem = args.store_ca.as_ref().map(read).transpose()?;
     Ok(Store::open_with(&args.store, StoreOptions { ca_pem }).await?)
 }
 

@@ -59,7 +59,8 @@ pub type Placed = (u32, SegmentEntry);
 /// # Errors
 /// [`EpochError`].
 pub async fn load(store: &Store, history: &History, epoch: &HistoryEpoch) -> Result<Vec<Placed>, EpochError> {
-    let reads = epoch.segments.iter().map(|&place| {
+    // Owned numbers: a closure over borrowed ones is not general enough for tasks that are spawned.
+    let reads = epoch.segments.clone().into_iter().map(|place| {
         let (store, segment) = (store.clone(), history.segments[place as usize].clone());
         async move { Ok::<_, EpochError>((place, Arc::new(segment::read_index(&store, &segment).await?))) }
     });

@@ -12,6 +12,7 @@ use crate::epochs::EpochError;
 use crate::keys::KeyError;
 use crate::restore::RestoreError;
 use crate::select::SelectError;
+use crate::serve::ServeError;
 use crate::verify::VerifyError;
 
 /// Why a command failed. The text is the last line on standard error: it names the thing and the next step.
@@ -41,6 +42,9 @@ pub enum OperatorError {
     /// Verifying found something.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// Serving.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
     /// The memory budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -72,6 +76,7 @@ impl OperatorError {
             Self::Store(StoreError::Url { .. }) => ExitCode::Usage,
             Self::Budget(BudgetError::BelowMinimum { .. } | BudgetError::AboveEffective { .. }) => ExitCode::Usage,
             Self::Select(SelectError::BadText { .. }) | Self::Restore(RestoreError::Format { .. }) => ExitCode::Usage,
+            Self::Serve(error) => error.exit(),
             _ => ExitCode::Failed,
         }
     }
@@ -86,6 +91,7 @@ impl Dispose for OperatorError {
             Self::Epoch(error) => error.disposition(),
             Self::Verify(_) => Disposition::Corrupt,
             Self::Restore(error) => error.disposition(),
+            Self::Serve(error) => error.disposition(),
             Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
                 Disposition::BadInput
             }

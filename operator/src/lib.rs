@@ -12,6 +12,7 @@ pub mod point;
 pub mod points;
 pub mod restore;
 pub mod select;
+pub mod serve;
 #[cfg(test)]
 mod testing;
 pub mod verify;

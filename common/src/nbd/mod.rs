@@ -55,6 +55,8 @@ const INFO_BLOCK_SIZE: u16 = 3;
 
 /// `HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES | CAN_MULTI_CONN`.
 const TRANSMISSION_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 5 | 1 << 6 | 1 << 8;
+/// `HAS_FLAGS | READ_ONLY | SEND_FLUSH | CAN_MULTI_CONN`.
+const TRANSMISSION_FLAGS_READ_ONLY: u16 = 1 | 1 << 1 | 1 << 2 | 1 << 8;
 const TRANSMISSION_FLAG_DF: u16 = 1 << 7;
 
 const COMMAND_FLAG_FUA: u16 = 1;
@@ -110,6 +112,8 @@ pub enum ProtocolError {
 /// An error that a reply carries; numbers as the protocol has them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Errno {
+    /// A write to what can only be read.
+    NotPermitted = 1,
     /// The backing failed.
     Io = 5,
     /// The request makes no sense.
@@ -127,6 +131,8 @@ pub struct ExportFacts {
     pub name: String,
     /// Its exact size in bytes.
     pub disk_bytes: u64,
+    /// Whether clients are told that it can't be written. Whoever serves it still has to refuse those who write all the same.
+    pub read_only: bool,
 }
 
 /// What the handshake came to.
@@ -236,7 +242,7 @@ impl Handshake {
                     return Err(ProtocolError::UnknownExport { name });
                 };
                 out.extend_from_slice(&export.disk_bytes.to_be_bytes());
-                out.extend_from_slice(&self.transmission_flags().to_be_bytes());
+                out.extend_from_slice(&self.transmission_flags(&export).to_be_bytes());
                 if !self.no_zeroes {
                     out.extend_from_slice(&[0; 124]);
                 }
@@ -289,7 +295,7 @@ impl Handshake {
         let mut facts = [0; 12];
         facts[..2].copy_from_slice(&INFO_EXPORT.to_be_bytes());
         facts[2..10].copy_from_slice(&export.disk_bytes.to_be_bytes());
-        facts[10..].copy_from_slice(&self.transmission_flags().to_be_bytes());
+        facts[10..].copy_from_slice(&self.transmission_flags(&export).to_be_bytes());
         reply(out, option, REP_INFO, &facts);
         let asked = |info: u16| requests.chunks_exact(2).any(|request| request == info.to_be_bytes());
         if asked(INFO_NAME) {
@@ -319,8 +325,9 @@ impl Handshake {
         }
     }
 
-    fn transmission_flags(&self) -> u16 {
-        if self.structured { TRANSMISSION_FLAGS | TRANSMISSION_FLAG_DF } else { TRANSMISSION_FLAGS }
+    fn transmission_flags(&self, export: &ExportFacts) -> u16 {
+        let flags = if export.read_only { TRANSMISSION_FLAGS_READ_ONLY } else { TRANSMISSION_FLAGS };
+        if self.structured { flags | TRANSMISSION_FLAG_DF } else { flags }
     }
 }
 

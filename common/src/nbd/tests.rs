@@ -9,7 +9,7 @@ use super::*;
 const DISK: u64 = 10 << 20;
 
 fn exports(names: &[&str]) -> Vec<ExportFacts> {
-    names.iter().map(|name| ExportFacts { name: (*name).to_owned(), disk_bytes: DISK }).collect()
+    names.iter().map(|name| ExportFacts { name: (*name).to_owned(), disk_bytes: DISK, read_only: false }).collect()
 }
 
 fn option(kind: u32, data: &[u8]) -> Vec<u8> {
@@ -113,6 +113,16 @@ fn the_empty_name_is_the_only_export_and_export_name_answers_in_its_own_way() {
     assert_eq!(out.len(), 134, "with 124 zeros for clients that did not decline them");
     let unknown = begun(&["only"], 3).handle(&option(OPT_EXPORT_NAME, b"other"), &mut Vec::new());
     assert_eq!(unknown, Err(ProtocolError::UnknownExport { name: "other".to_owned() }));
+}
+
+#[test]
+fn a_read_only_export_says_so_and_offers_nothing_that_writes() {
+    let mut facts = exports(&["only"]);
+    facts[0].read_only = true;
+    let mut handshake = Handshake::new(facts);
+    assert_eq!(handshake.handle(&[0, 0, 0, 3], &mut Vec::new()), Ok((4, HandshakeStep::More)));
+    let (out, _) = said(&mut handshake, &option(OPT_EXPORT_NAME, b""));
+    assert_eq!(out[8..10], [0b1, 0b111], "has flags, is read-only, takes flushes, several connections see the same");
 }
 
 #[test]

@@ -498,9 +498,11 @@ impl Drop for Writing<'_> {
 /// The export chosen; `None` where the client wanted no more than to ask.
 fn shake_hands(stream: &Stream, exports: &[Arc<Export>], incoming: &mut Incoming) -> io::Result<Option<Negotiated>> {
     stream.write_all(&Handshake::greeting())?;
-    let facts = exports
-        .iter()
-        .map(|export| ExportFacts { name: export.name().to_owned(), disk_bytes: export.geometry().disk_bytes() });
+    let facts = exports.iter().map(|export| ExportFacts {
+        name: export.name().to_owned(),
+        disk_bytes: export.geometry().disk_bytes(),
+        read_only: false,
+    });
     let mut handshake = Handshake::new(facts.collect());
     let mut out = Vec::new();
     loop {
