@@ -11,15 +11,19 @@ export CARGO_TARGET_DIR ?= $(CACHE_DIR)/target
 export CARGO_TERM_COLOR ?= never
 BIN_DIR := $(CARGO_TARGET_DIR)/release
 export BLOCKFERRY_BIN_DIR := $(BIN_DIR)
+export BLOCKFERRY_TOOLS_DIR := $(CACHE_DIR)
 
 # What the build, the tests and the demo need from Debian: `command:package`, or a file and its package.
 PACKAGES := build-essential clang libclang-dev libbpf-dev libelf-dev zlib1g-dev cmake pkg-config \
 	e2fsprogs util-linux mount fuse3 python3 python3-venv prometheus procps ca-certificates
 # What only the tests need: clients of exported disks, a database, and more file systems.
 TEST_PACKAGES := fio libnbd-bin nbdkit qemu-utils qemu-system-common postgresql xfsprogs btrfs-progs
-BENCH_PACKAGES := restic rsync zstd
+BENCH_PACKAGES := restic rsync zstd rclone
 GUEST_PACKAGES := qemu-system-x86 busybox-static lvm2 mdadm cpio kmod
 CARGO_DENY_VERSION := 0.20.2
+# Object stores that tests run against. Azurite 3.36 and later want a newer Node than Debian has.
+SEAWEEDFS_VERSION := 4.48
+AZURITE_VERSION := 3.35.0
 
 .PHONY: deps test-deps bench-deps guest-deps build demo test test-long test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
 	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze clean
@@ -30,6 +34,7 @@ deps:
 
 test-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(TEST_PACKAGES)
+	deploy/test-servers.sh $(CACHE_DIR) $(SEAWEEDFS_VERSION) $(AZURITE_VERSION)
 
 bench-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(BENCH_PACKAGES)

@@ -47,6 +47,9 @@ pub(crate) struct StoreArgs {
     /// Further certificate authorities (PEM) to trust for the store's endpoint
     #[arg(long, value_name = "FILE", env = "BLOCKFERRY_STORE_CA")]
     store_ca: Option<PathBuf>,
+    /// Most requests a second to the object store; 0 for no cap
+    #[arg(long, value_name = "N", env = "BLOCKFERRY_STORE_REQUESTS_PER_SECOND", default_value_t = 0)]
+    store_requests_per_second: u32,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -281,7 +284,8 @@ async fn open(args: &StoreArgs) -> Result<Store, OperatorError> {
         std::fs::read(path).map_err(|source| OperatorError::File { path: path.display().to_string(), source })
     };
     let ca_pem = args.store_ca.as_ref().map(read).transpose()?;
-    Ok(Store::open_with(&args.store, StoreOptions { ca_pem }).await?)
+    let requests_per_second = std::num::NonZeroU32::new(args.store_requests_per_second);
+    Ok(Store::open_with(&args.store, StoreOptions { ca_pem, requests_per_second, environment: None }).await?)
 }
 
 /// The budget asked for; by default the share of memory that every process takes, but never less than the minimum, since

@@ -70,6 +70,9 @@ pub struct FleetArgs {
     /// Further certificate authorities (PEM) to trust for the store's endpoint
     #[arg(long, value_name = "FILE", env = "BLOCKFERRY_STORE_CA")]
     pub store_ca: Option<PathBuf>,
+    /// Most requests a second to the object store; 0 for no cap [default: 500]
+    #[arg(long, value_name = "N", env = "BLOCKFERRY_STORE_REQUESTS_PER_SECOND")]
+    pub store_requests_per_second: Option<u32>,
 }
 
 /// `passphrase …`

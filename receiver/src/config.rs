@@ -3,6 +3,7 @@
 
 use std::fmt;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -35,6 +36,8 @@ const QUIC_SHARE: u64 = 12;
 const SEGMENT_SHARE: u64 = 4;
 /// Smallest stage.
 const STAGE_CAPACITY_MIN: ByteCount = ByteCount(crate::stage::CAPACITY_BYTES_MIN);
+/// Far above what a receiver needs (a segment of 32 MiB is six requests) and far below what a bucket allows.
+const STORE_REQUESTS_PER_SECOND_DEFAULT: u32 = 500;
 /// Largest stage that is chosen unasked.
 const STAGE_CAPACITY_DEFAULT_MAX: u64 = 64 << 30;
 
@@ -59,6 +62,7 @@ pub struct FileConfig {
     data_dir: Option<PathBuf>,
     store: Option<String>,
     store_ca: Option<PathBuf>,
+    store_requests_per_second: Option<u32>,
     listen: Option<SocketAddr>,
     advertise: Option<String>,
     metrics_listen: Option<SocketAddr>,
@@ -94,6 +98,8 @@ pub struct FleetConfig {
     pub store: String,
     /// A file of further authorities for the store's endpoint, and what it holds.
     pub store_ca: Option<(PathBuf, Vec<u8>)>,
+    /// Most requests a second to the store; 0 for no cap.
+    pub store_requests_per_second: u32,
 }
 
 impl FleetConfig {
@@ -118,6 +124,10 @@ impl FleetConfig {
             data_dir: data_dir.ok_or_else(|| missing("--data-dir", "DIR, such as /var/lib/blockferry/receiver"))?,
             store: store.ok_or_else(|| missing("--store", "URL, such as file:///srv/blockferry"))?,
             store_ca: store_ca.transpose()?,
+            store_requests_per_second: args
+                .store_requests_per_second
+                .or(file.store_requests_per_second)
+                .unwrap_or(STORE_REQUESTS_PER_SECOND_DEFAULT),
         })
     }
 
@@ -127,7 +137,8 @@ impl FleetConfig {
     /// [`StoreError`].
     pub async fn open_store(&self) -> Result<Store, StoreError> {
         let ca_pem = self.store_ca.as_ref().map(|(_, pem)| pem.clone());
-        Store::open_with(&self.store, StoreOptions { ca_pem }).await
+        let requests_per_second = NonZeroU32::new(self.store_requests_per_second);
+        Store::open_with(&self.store, StoreOptions { ca_pem, requests_per_second, environment: None }).await
     }
 }
 
@@ -271,6 +282,7 @@ impl fmt::Display for RunConfig {
         if let Some((path, _)) = &self.fleet.store_ca {
             writeln!(f, "store_ca = {path:?}")?;
         }
+        writeln!(f, "store_requests_per_second = {}", self.fleet.store_requests_per_second)?;
         writeln!(f, "listen = \"{}\"", self.listen)?;
         if let Some(advertise) = &self.advertise {
             writeln!(f, "advertise = \"{advertise}\"")?;

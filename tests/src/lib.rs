@@ -13,3 +13,4 @@ pub mod nbd;
 pub mod pair;
 pub mod postgres;
 pub mod protected;
+pub mod servers;

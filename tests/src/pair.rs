@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 use crate::cgroup::MemoryGroup;
+use crate::servers::StoreAt;
 
 /// Longest wait for anything; a deadline against hanging, not an expectation.
 pub const PATIENCE: Duration = Duration::from_secs(180);
@@ -76,6 +77,8 @@ pub struct Pair {
     pub state: PathBuf,
     /// The store's directory.
     pub store: PathBuf,
+    /// The store, where it is not that directory.
+    pub remote: Option<StoreAt>,
     /// Added to the receiver's command line at each start.
     pub receiver_flags: Vec<String>,
     /// Where the receiver's memory is limited, from its next start on.
@@ -98,6 +101,15 @@ impl Pair {
         Self::start_at(dir, data, None, None, flags)
     }
 
+    /// As [`Self::start`], with its store on a server, and flags for the receiver.
+    #[must_use]
+    pub fn start_with_store(remote: &StoreAt, flags: &[&str]) -> Self {
+        let dir = tempfile::tempdir_in("/var/tmp").expect("a temporary directory");
+        let mut pair = Self::new(dir, flags);
+        pair.remote = Some(remote.clone());
+        pair.begin()
+    }
+
     /// As [`Self::start_in`], with the sender's state directory elsewhere, and the receiver in a group of limited memory.
     #[must_use]
     pub fn start_at(
@@ -107,29 +119,54 @@ impl Pair {
         receiver_group: Option<MemoryGroup>,
         flags: &[&str],
     ) -> Self {
+        let mut pair = Self::new(dir, flags);
+        if let Some(data) = data {
+            pair.data = data;
+        }
+        if let Some(state) = state {
+            pair.state = state;
+        }
+        pair.receiver_group = receiver_group;
+        pair.begin()
+    }
+
+    fn new(dir: tempfile::TempDir, flags: &[&str]) -> Self {
         let at = |name: &str| dir.path().join(name);
-        let mut pair = Self {
-            data: data.unwrap_or_else(|| at("receiver")),
-            state: state.unwrap_or_else(|| at("sender")),
+        Self {
+            data: at("receiver"),
+            state: at("sender"),
             store: at("store"),
+            remote: None,
             receiver_flags: flags.iter().map(|&flag| flag.to_owned()).collect(),
-            receiver_group,
+            receiver_group: None,
             receiver: None,
             listen: None,
             metrics: None,
             dir,
-        };
-        pair.start_receiver();
-        let passphrase = pair.passphrase(&[]);
-        let state = pair.state.clone();
-        check("register", &pair.register(&state, &passphrase, "machine").output().expect("it runs"));
-        pair
+        }
+    }
+
+    fn begin(mut self) -> Self {
+        self.start_receiver();
+        let passphrase = self.passphrase(&[]);
+        let state = self.state.clone();
+        check("register", &self.register(&state, &passphrase, "machine").output().expect("it runs"));
+        self
     }
 
     /// The store's URL.
     #[must_use]
     pub fn store_url(&self) -> String {
-        format!("file://{}", self.store.display())
+        self.remote.as_ref().map_or_else(|| format!("file://{}", self.store.display()), |remote| remote.url.clone())
+    }
+
+    /// A command for one of the product's binaries that uses the store.
+    fn store_program(&self, name: &str) -> Command {
+        let mut command = program(name);
+        if let Some(remote) = &self.remote {
+            command.envs(remote.env.iter().map(|(name, value)| (name, value)));
+        }
+        command
     }
 
     /// The key file that registration made.
@@ -156,7 +193,7 @@ impl Pair {
     /// The receiver's command line, for tests of how it fails.
     #[must_use]
     pub fn receiver_command(&self) -> Command {
-        let mut command = program("blockferry-receiver");
+        let mut command = self.store_program("blockferry-receiver");
         command.arg("run").arg("--data-dir").arg(&self.data).arg("--store").arg(self.store_url());
         command.args(["--metrics-listen", "127.0.0.1:0"]).args(&self.receiver_flags);
         let chosen = |name: &str| self.receiver_flags.iter().any(|flag| flag == name);
@@ -241,7 +278,7 @@ impl Pair {
     /// A new passphrase file.
     #[must_use]
     pub fn passphrase(&self, flags: &[&str]) -> PathBuf {
-        let mut command = program("blockferry-receiver");
+        let mut command = self.store_program("blockferry-receiver");
         command.args(["passphrase", "create"]).arg("--data-dir").arg(&self.data).arg("--store").arg(self.store_url());
         let output = command.args(flags).output().expect("it runs");
         check("passphrase create", &output);
@@ -256,7 +293,7 @@ impl Pair {
     /// If it can't be started.
     #[must_use]
     pub fn receiver_tool(&self, command: &[&str]) -> Output {
-        let mut tool = program("blockferry-receiver");
+        let mut tool = self.store_program("blockferry-receiver");
         tool.args(command).arg("--data-dir").arg(&self.data).arg("--store").arg(self.store_url());
         tool.output().expect("it runs")
     }
@@ -299,7 +336,7 @@ impl Pair {
     /// A command line of the operator's tool on this store.
     #[must_use]
     pub fn operator_command(&self, command: &str) -> Command {
-        let mut tool = program("blockferry");
+        let mut tool = self.store_program("blockferry");
         tool.arg(command).arg("--store").arg(self.store_url());
         tool
     }

@@ -1,59 +1,80 @@
 //! The store in S3, Azure Blob Storage or Google Cloud Storage, through `object_store`.
 //!
-//! Endpoints, credentials and proxies come from the environment as `object_store`'s builders read it. Where the
-//! environment holds no credentials at all the opening fails at once and names the variables, instead of asking an
-//! instance metadata service that isn't there; a machine whose role gives the credentials sets the endpoint of that
-//! service, which is among the names.
+//! Endpoints, credentials and proxies come from the environment (`sign_in`); every request passes one gate (`http`) that
+//! counts, paces and compares checksums, and failed ones are made again by one rule (`super::retry`).
 //!
-//! Bodies above [`PART_BYTES`] go up as multipart, parts in parallel. A multipart upload that this process could not
-//! finish is aborted; one that a kill left behind is invisible to readers and costs space until the bucket's own rule for
-//! incomplete uploads removes it.
+//! Bodies above [`PART_BYTES`] go up as multipart, parts in parallel, each part retried for itself. A multipart upload that
+//! this process could not finish is aborted; one that a kill left behind is invisible to readers and costs space until the
+//! bucket's own rule for incomplete uploads removes it.
+//!
+//! A conditional write whose reply was lost may have happened. Where a later attempt then finds the object changed, it is
+//! read back: bodies that are written conditionally are unique (each has a nonce), so an equal body is our own.
 
+mod http;
+mod sign_in;
+
+use std::future::Future;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use common::clock::UnixMillis;
-use futures::StreamExt as _;
-use futures::stream::{BoxStream, FuturesUnordered};
-use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey as Aws};
-use object_store::azure::{AzureConfigKey as Azure, MicrosoftAzureBuilder};
-use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey as Google};
+use futures::stream::BoxStream;
+use futures::{StreamExt as _, TryStreamExt as _};
+use object_store::multipart::MultipartStore;
 use object_store::path::Path;
-use object_store::prefix::PrefixStore;
 use object_store::{
-    BackoffConfig, Certificate, ClientConfigKey, ClientOptions, Error, ObjectStore, ObjectStoreExt as _, PutMode,
-    PutOptions, PutPayload, PutResult, RetryConfig, UpdateVersion,
+    Error, MultipartId, ObjectStore, ObjectStoreExt as _, PutMode, PutOptions, PutPayload, PutResult, UpdateVersion,
 };
 
+use super::retry::Retries;
 use super::{CasOutcome, GET_BYTES_MAX, ObjectMeta, PutOutcome, StoreError, StoreOptions, Version, VersionKind, path};
 
 /// Size of a multipart part: above every store's minimum (5 MiB), and small enough that a repeated part costs little.
 const PART_BYTES: usize = 8 << 20;
 /// Parts of one object under way at once.
 const PARTS_IN_FLIGHT_MAX: usize = 4;
-/// Longest request, unless the environment says otherwise: a part at 70 KiB/s.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(120);
-/// Retries do not renew credentials, so their window stays under five minutes.
-const RETRY_WINDOW: Duration = Duration::from_secs(3 * 60);
-/// Retries of one request.
-const RETRIES_MAX: usize = 8;
 /// How much of a store's own words goes into an error.
 const REASON_CHARS_MAX: usize = 400;
 
-const AWS_VARIABLES: &str = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_WEB_IDENTITY_TOKEN_FILE and AWS_ROLE_ARN, \
-     or AWS_CONTAINER_CREDENTIALS_RELATIVE_URI; on an instance with a role AWS_METADATA_ENDPOINT=http://169.254.169.254";
-const AZURE_ACCOUNT_VARIABLES: &str = "AZURE_STORAGE_ACCOUNT_NAME";
-const AZURE_VARIABLES: &str = "AZURE_STORAGE_ACCOUNT_KEY, or AZURE_STORAGE_SAS_KEY, or AZURE_STORAGE_CLIENT_ID with \
-     AZURE_STORAGE_CLIENT_SECRET and AZURE_STORAGE_TENANT_ID, or AZURE_FEDERATED_TOKEN_FILE; on an instance with an \
-     identity AZURE_MSI_ENDPOINT";
-const GOOGLE_VARIABLES: &str = "GOOGLE_SERVICE_ACCOUNT or GOOGLE_APPLICATION_CREDENTIALS (a key file's path), or \
-     GOOGLE_SERVICE_ACCOUNT_KEY; on an instance with a service account GCE_METADATA_HOST=169.254.169.254";
+/// What `object_store`'s clients for clouds all do.
+pub(super) trait Client: ObjectStore + MultipartStore {}
+
+impl<T: ObjectStore + MultipartStore> Client for T {}
+
+/// Whose cloud.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Amazon,
+    Azure,
+    Google,
+}
+
+impl Kind {
+    /// What the names of its variables begin with.
+    fn variables(self) -> &'static str {
+        match self {
+            Self::Amazon => "AWS_",
+            Self::Azure => "AZURE_",
+            Self::Google => "GOOGLE_",
+        }
+    }
+}
 
 /// A cloud store; clones share its connections.
 #[derive(Debug, Clone)]
 pub(super) struct CloudStore {
-    store: Arc<dyn ObjectStore>,
+    client: Arc<dyn Client>,
+    /// The URL, without a trailing slash.
+    url: Arc<str>,
+    /// Folder of the bucket that holds the store, or nothing.
+    prefix: Arc<str>,
+}
+
+/// The end of an operation that may have been tried several times.
+struct Tried<T> {
+    result: Result<T, Error>,
+    /// An attempt failed without telling whether it was carried out.
+    ambiguous: bool,
 }
 
 impl CloudStore {
@@ -65,7 +86,12 @@ impl CloudStore {
             return Err(bad("expected bucket and prefix alone; endpoints come from the environment".into()));
         }
         if !parsed.username().is_empty() || parsed.password().is_some() {
-            return Err(bad("credentials belong into the environment, not into the URL".into()));
+            // The URL is not repeated: it holds the secret.
+            let without = format!("{}://{name}{}", parsed.scheme(), parsed.path());
+            return Err(StoreError::Url {
+                url: without,
+                why: "credentials belong into the environment, not into the URL".into(),
+            });
         }
         let prefix = parsed.path().trim_matches('/');
         if !prefix.is_empty() {
@@ -73,103 +99,150 @@ impl CloudStore {
         }
         // The HTTP client takes the process's TLS provider; main has installed it already, a test may not have.
         common::net::tls::install_provider();
-        let scheme = parsed.scheme();
-        let client = client_options(url, scheme, options)?;
-        let built: Result<Arc<dyn ObjectStore>, Error> = match scheme {
-            "s3" => {
-                let builder = AmazonS3Builder::from_env();
-                check_aws(url, &builder)?;
-                let builder = builder.with_bucket_name(name).with_client_options(client).with_retry(retry());
-                builder.build().map(|store| Arc::new(store) as _)
-            }
-            "az" => {
-                let builder = MicrosoftAzureBuilder::from_env();
-                check_azure(url, &builder)?;
-                let builder = builder.with_container_name(name).with_client_options(client).with_retry(retry());
-                builder.build().map(|store| Arc::new(store) as _)
-            }
-            _ => {
-                let builder = GoogleCloudStorageBuilder::from_env();
-                check_google(url, &builder, |name| std::env::var_os(name).is_some())?;
-                let builder = builder.with_bucket_name(name).with_client_options(client).with_retry(retry());
-                builder.build().map(|store| Arc::new(store) as _)
-            }
+        let kind = match parsed.scheme() {
+            "s3" => Kind::Amazon,
+            "az" => Kind::Azure,
+            _ => Kind::Google,
         };
-        let store = built.map_err(|error| bad(reason(&error)))?;
-        let store = if prefix.is_empty() { store } else { Arc::new(PrefixStore::new(store, Path::from(prefix))) };
-        Ok(Self { store })
+        let client = sign_in::connect(url, kind, name, options)?;
+        Ok(Self { client, url: url.trim_end_matches('/').into(), prefix: prefix.into() })
+    }
+
+    /// Where an object of the store lies in its bucket.
+    fn at(&self, path: &str) -> Path {
+        if self.prefix.is_empty() { Path::from(path) } else { Path::from(format!("{}/{path}", self.prefix)) }
+    }
+
+    /// Makes a request until it succeeds or there is no point in another attempt.
+    async fn tried<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        op: &'static str,
+        attempt: impl Fn() -> F,
+    ) -> Tried<T> {
+        let started = tokio::time::Instant::now();
+        let mut retries = Retries::new();
+        let mut ambiguous = false;
+        loop {
+            let error = match attempt().await {
+                Ok(done) => return Tried { result: Ok(done), ambiguous },
+                Err(error) => error,
+            };
+            let words = Words::of(&error);
+            let transient = matches!(error, Error::Generic { .. }) && words.may_pass() || words.says_conflict();
+            ambiguous |= transient;
+            let random = common::rng::random().map_or(u64::MAX, u64::from_le_bytes);
+            match retries.after(transient, started.elapsed(), random) {
+                Some(wait) => {
+                    metrics::counter!("blockferry_store_retries_total").increment(1);
+                    tracing::debug!(
+                        op,
+                        retry = retries.made(),
+                        ?wait,
+                        reason = words.reason(),
+                        "a request to the store failed"
+                    );
+                    tokio::time::sleep(wait).await;
+                }
+                None => return Tried { result: Err(error), ambiguous },
+            }
+        }
+    }
+
+    /// As [`Self::tried`], with errors as callers see them.
+    async fn made<T, F: Future<Output = Result<T, Error>>>(
+        &self,
+        op: &'static str,
+        path: &str,
+        attempt: impl Fn() -> F,
+    ) -> Result<T, StoreError> {
+        self.tried(op, attempt).await.result.map_err(|error| self.failed(op, path, &error))
     }
 
     pub(super) async fn get_versioned(&self, path: &str) -> Result<(Bytes, Version), StoreError> {
-        let found = self.store.get(&Path::from(path)).await.map_err(|error| failed("read", path, error))?;
-        if found.meta.size > GET_BYTES_MAX {
-            return Err(StoreError::TooLarge { path: path.into(), found: found.meta.size, max: GET_BYTES_MAX });
-        }
-        let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
-        let body = found.bytes().await.map_err(|error| failed("read", path, error))?;
-        Ok((body, Version(VersionKind::Cloud(version))))
+        let at = self.at(path);
+        let read = || async {
+            let found = self.client.get(&at).await?;
+            if found.meta.size > GET_BYTES_MAX {
+                return Ok(Err(found.meta.size));
+            }
+            let version = UpdateVersion { e_tag: found.meta.e_tag.clone(), version: found.meta.version.clone() };
+            Ok(Ok((found.bytes().await?, Version(VersionKind::Cloud(version)))))
+        };
+        let too_large = |found| StoreError::TooLarge { path: path.into(), found, max: GET_BYTES_MAX };
+        self.made("read", path, read).await?.map_err(too_large)
     }
 
     pub(super) async fn get_range(&self, path: &str, range: std::ops::Range<u64>) -> Result<Bytes, StoreError> {
+        let at = self.at(path);
+        let tried = self.tried("read", || self.client.get_range(&at, range.clone())).await;
         let end = range.end;
-        match self.store.get_range(&Path::from(path), range.clone()).await {
+        match tried.result {
             Ok(body) if body.len() as u64 == end - range.start => Ok(body),
             Ok(body) => {
                 Err(StoreError::Truncated { path: path.into(), expected: end, found: range.start + body.len() as u64 })
             }
             // Stores answer a range beyond the end in different ways; the size tells.
-            Err(error @ Error::Generic { .. }) => match self.size(path).await {
+            Err(error @ Error::Generic { .. }) if !Words::of(&error).may_pass() => match self.size(path).await {
                 Ok(size) if size < end => Err(StoreError::Truncated { path: path.into(), expected: end, found: size }),
-                _ => Err(failed("read", path, error)),
+                _ => Err(self.failed("read", path, &error)),
             },
-            Err(error) => Err(failed("read", path, error)),
+            Err(error) => Err(self.failed("read", path, &error)),
         }
     }
 
     pub(super) async fn size(&self, path: &str) -> Result<u64, StoreError> {
-        self.store.head(&Path::from(path)).await.map(|meta| meta.size).map_err(|error| failed("look up", path, error))
+        let at = self.at(path);
+        match self.tried("look up", || self.client.head(&at)).await.result {
+            Ok(meta) => Ok(meta.size),
+            // A reply to HEAD has no body that could say whether it is the object or the bucket that isn't there.
+            Err(Error::NotFound { .. }) => {
+                match self.tried("look up", || self.client.get_range(&at, 0..1)).await.result {
+                    Err(error) => Err(self.failed("look up", path, &error)),
+                    Ok(_) => Err(StoreError::NotFound { path: path.into() }),
+                }
+            }
+            Err(error) => Err(self.failed("look up", path, &error)),
+        }
     }
 
     pub(super) async fn put(&self, path: &str, parts: Vec<Bytes>) -> Result<(), StoreError> {
-        let at = Path::from(path);
-        if parts.iter().map(Bytes::len).sum::<usize>() <= PART_BYTES {
+        let at = self.at(path);
+        let size: usize = parts.iter().map(Bytes::len).sum();
+        if size <= PART_BYTES {
             let payload = PutPayload::from_iter(parts);
-            return self.store.put(&at, payload).await.map(drop).map_err(|error| failed("write", path, error));
+            return self.made("write", path, || self.client.put(&at, payload.clone())).await.map(drop);
         }
-        let mut upload = self.store.put_multipart(&at).await.map_err(|error| failed("write", path, error))?;
-        let mut flying = FuturesUnordered::new();
-        let mut result = Ok(());
-        for payload in cut(parts, PART_BYTES) {
-            if flying.len() >= PARTS_IN_FLIGHT_MAX
-                && let Some(done) = flying.next().await
-            {
-                result = done;
-                if result.is_err() {
-                    break;
-                }
+        let id = self.made("write", path, || self.client.create_multipart(&at)).await?;
+        let result = self.put_parts(path, &at, &id, parts).await;
+        match result {
+            Ok(()) => Ok(()),
+            // The reply to the last request may be lost: then all of it is there, and nobody else uses this path.
+            Err(_) if self.size(path).await.is_ok_and(|found| found == size as u64) => Ok(()),
+            Err(error) => {
+                // The upload's parts go; where that fails too, the bucket's rule for incomplete uploads takes them.
+                let _ = self.client.abort_multipart(&at, &id).await;
+                Err(error)
             }
-            flying.push(upload.put_part(payload));
         }
-        while let (Ok(()), Some(done)) = (&result, flying.next().await) {
-            result = done;
-        }
-        drop(flying);
-        let result = match result {
-            Ok(()) => upload.complete().await.map(drop),
-            Err(error) => Err(error),
-        };
-        if result.is_err() {
-            // The upload's parts go; where that fails too, the bucket's rule for incomplete uploads takes them.
-            let _ = upload.abort().await;
-        }
-        result.map_err(|error| failed("write", path, error))
+    }
+
+    async fn put_parts(&self, path: &str, at: &Path, id: &MultipartId, parts: Vec<Bytes>) -> Result<(), StoreError> {
+        let uploads = cut(parts, PART_BYTES).into_iter().enumerate().map(|(number, payload)| async move {
+            self.made("write", path, || self.client.put_part(at, id, number, payload.clone())).await
+        });
+        let stored: Vec<_> = futures::stream::iter(uploads).buffered(PARTS_IN_FLIGHT_MAX).try_collect().await?;
+        self.made("write", path, || self.client.complete_multipart(at, id, stored.clone())).await.map(drop)
     }
 
     pub(super) async fn put_if_absent(&self, path: &str, body: Bytes) -> Result<PutOutcome, StoreError> {
-        match self.put_with(path, body, PutMode::Create).await {
+        let tried = self.put_with("create", path, &body, &PutMode::Create).await;
+        match tried.result {
             Ok(_) => Ok(PutOutcome::Created),
-            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => Ok(PutOutcome::Exists),
-            Err(error) => Err(failed("create", path, error)),
+            Err(Error::AlreadyExists { .. } | Error::Precondition { .. }) => {
+                let ours = tried.ambiguous && self.get_versioned(path).await?.0 == body;
+                Ok(if ours { PutOutcome::Created } else { PutOutcome::Exists })
+            }
+            Err(error) => Err(self.failed("create", path, &error)),
         }
     }
 
@@ -179,41 +252,82 @@ impl CloudStore {
         version: UpdateVersion,
         body: Bytes,
     ) -> Result<CasOutcome, StoreError> {
-        match self.put_with(path, body, PutMode::Update(version)).await {
+        let tried = self.put_with("replace", path, &body, &PutMode::Update(version)).await;
+        match tried.result {
             Ok(put) => Ok(CasOutcome::Swapped(Version(VersionKind::Cloud(UpdateVersion {
                 e_tag: put.e_tag,
                 version: put.version,
             })))),
-            Err(Error::Precondition { .. } | Error::NotFound { .. }) => Ok(CasOutcome::Changed),
-            Err(error) => Err(failed("replace", path, error)),
+            Err(error @ (Error::Precondition { .. } | Error::NotFound { .. })) => {
+                if Words::of(&error).says_no_bucket() {
+                    return Err(self.failed("replace", path, &error));
+                }
+                if !tried.ambiguous {
+                    return Ok(CasOutcome::Changed);
+                }
+                match self.get_versioned(path).await {
+                    Ok((found, version)) if found == body => Ok(CasOutcome::Swapped(version)),
+                    Ok(_) | Err(StoreError::NotFound { .. }) => Ok(CasOutcome::Changed),
+                    Err(error) => Err(error),
+                }
+            }
+            Err(error) => Err(self.failed("replace", path, &error)),
         }
     }
 
     pub(super) fn list(&self, prefix: &str) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
-        let folder = prefix.to_owned();
-        self.store
-            .list(Some(&Path::from(prefix)))
+        let (store, folder) = (self.clone(), prefix.to_owned());
+        let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
+        self.client
+            .list(Some(&self.at(prefix)))
             .map(move |item| match item {
                 Ok(meta) => Ok(ObjectMeta {
-                    path: meta.location.to_string(),
+                    path: meta.location.as_ref().get(skip..).unwrap_or_default().to_owned(),
                     size: meta.size,
                     modified: UnixMillis(meta.last_modified.timestamp_millis()),
                 }),
-                Err(error) => Err(failed("list", &folder, error)),
+                Err(error) => Err(store.failed("list", &folder, &error)),
             })
             .boxed()
     }
 
     pub(super) async fn delete(&self, path: &str) -> Result<(), StoreError> {
-        match self.store.delete(&Path::from(path)).await {
-            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
-            Err(error) => Err(failed("delete", path, error)),
+        let at = self.at(path);
+        match self.tried("delete", || self.client.delete(&at)).await.result {
+            Ok(()) => Ok(()),
+            Err(error) => match self.failed("delete", path, &error) {
+                StoreError::NotFound { .. } => Ok(()),
+                error => Err(error),
+            },
         }
     }
 
-    async fn put_with(&self, path: &str, body: Bytes, mode: PutMode) -> Result<PutResult, Error> {
-        let options = PutOptions { mode, ..PutOptions::default() };
-        self.store.put_opts(&Path::from(path), body.into(), options).await
+    async fn put_with(&self, op: &'static str, path: &str, body: &Bytes, mode: &PutMode) -> Tried<PutResult> {
+        let at = self.at(path);
+        self.tried(op, || {
+            let options = PutOptions { mode: mode.clone(), ..PutOptions::default() };
+            self.client.put_opts(&at, body.clone().into(), options)
+        })
+        .await
+    }
+
+    fn failed(&self, op: &'static str, path: &str, error: &Error) -> StoreError {
+        let words = Words::of(error);
+        let path = path.to_owned();
+        if words.says_no_bucket() {
+            return StoreError::NoBucket { op, path, url: self.url.to_string() };
+        }
+        match error {
+            Error::NotFound { .. } => StoreError::NotFound { path },
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } => {
+                StoreError::Denied { op, path, reason: words.reason() }
+            }
+            _ if words.says_denied() => StoreError::Denied { op, path, reason: words.reason() },
+            Error::NotSupported { .. } | Error::NotImplemented { .. } => {
+                StoreError::NotConditional { what: "the operations that Blockferry needs" }
+            }
+            _ => StoreError::Unavailable { op, path, reason: words.reason() },
+        }
     }
 }
 
@@ -238,158 +352,132 @@ fn cut(parts: Vec<Bytes>, size: usize) -> Vec<PutPayload> {
     payloads
 }
 
-fn retry() -> RetryConfig {
-    RetryConfig {
-        backoff: BackoffConfig {
-            init_backoff: Duration::from_millis(100),
-            max_backoff: Duration::from_secs(15),
-            base: 2.0,
-        },
-        max_retries: RETRIES_MAX,
-        retry_timeout: RETRY_WINDOW,
-    }
-}
+/// What an error of the client library, and the store's reply in it, say.
+struct Words(String);
 
-/// The HTTP client's options: our defaults, then what the environment says, then the further authorities.
-fn client_options(url: &str, scheme: &str, options: StoreOptions) -> Result<ClientOptions, StoreError> {
-    let variables = match scheme {
-        "s3" => "aws_",
-        "az" => "azure_",
-        _ => "google_",
-    };
-    let mut client = ClientOptions::new().with_timeout(REQUEST_TIMEOUT);
-    for (name, value) in std::env::vars_os() {
-        if let (Some(name), Some(value)) = (name.to_str(), value.to_str())
-            && let Some(key) = name.to_ascii_lowercase().strip_prefix(variables)
-            && let Ok(key) = key.parse::<ClientConfigKey>()
-        {
-            client = client.with_config(key, value);
+impl Words {
+    fn of(error: &Error) -> Self {
+        let mut text = error.to_string();
+        let mut source = std::error::Error::source(error);
+        // The first cause is often only in the chain.
+        while let Some(cause) = source {
+            let cause_text = cause.to_string();
+            if !text.contains(&cause_text) {
+                text = format!("{text}: {cause_text}");
+            }
+            source = cause.source();
+        }
+        Self(text)
+    }
+
+    /// Of the store's reply, the content of `<name>`.
+    fn tag(&self, name: &str) -> Option<&str> {
+        let start = self.0.find(&format!("<{name}>"))? + name.len() + 2;
+        let len = self.0[start..].find(&format!("</{name}>"))?;
+        Some(&self.0[start..start + len])
+    }
+
+    fn says_no_bucket(&self) -> bool {
+        matches!(
+            self.tag("Code"),
+            Some("NoSuchBucket" | "ContainerNotFound" | "ContainerBeingDeleted" | "ResourceNotFound")
+        )
+    }
+
+    /// Credentials that ran out are a plain bad request on some stores.
+    fn says_denied(&self) -> bool {
+        matches!(self.status(), Some(401 | 403))
+            || matches!(
+                self.tag("Code"),
+                Some(
+                    "ExpiredToken"
+                        | "InvalidToken"
+                        | "TokenRefreshRequired"
+                        | "InvalidAccessKeyId"
+                        | "SignatureDoesNotMatch"
+                        | "AuthenticationFailed"
+                        | "AuthorizationHeaderMalformed"
+                )
+            )
+    }
+
+    /// Another conditional write of the same object was under way; which of them won is not said.
+    fn says_conflict(&self) -> bool {
+        matches!(self.tag("Code"), Some("ConditionalRequestConflict" | "OperationAborted"))
+    }
+
+    /// The body did not arrive whole, or not as it was sent.
+    fn says_damaged(&self) -> bool {
+        let codes = [
+            "RequestTimeout",
+            "IncompleteBody",
+            "BadDigest",
+            "XAmzContentSHA256Mismatch",
+            "Md5Mismatch",
+            "Crc64Mismatch",
+        ];
+        self.tag("Code").is_some_and(|code| codes.contains(&code))
+    }
+
+    /// True where the same request may work later: no reply came, or one that says so.
+    fn may_pass(&self) -> bool {
+        match self.status() {
+            None => true,
+            Some(status) => status >= 500 || matches!(status, 408 | 429) || status < 300 || self.says_damaged(),
         }
     }
-    if let Some(pem) = options.ca_pem {
-        let bad = |why: String| StoreError::Url { url: url.into(), why };
-        let authorities = Certificate::from_pem_bundle(&pem)
-            .map_err(|error| bad(format!("the store's CA file is not PEM: {}", reason(&error))))?;
-        if authorities.is_empty() {
-            return Err(bad("the store's CA file holds no certificate".into()));
-        }
-        client = authorities.into_iter().fold(client, ClientOptions::with_root_certificate);
+
+    /// The reply's HTTP status, where there was a reply.
+    fn status(&self) -> Option<u16> {
+        let at = self.0.find("status code: ")? + "status code: ".len();
+        self.0.get(at..at + 3)?.parse().ok()
     }
-    Ok(client)
-}
 
-fn check_aws(url: &str, builder: &AmazonS3Builder) -> Result<(), StoreError> {
-    let set = |key| builder.get_config_value(&key).is_some_and(|value| !value.is_empty());
-    let credentials = set(Aws::AccessKeyId)
-        || set(Aws::SecretAccessKey)
-        || set(Aws::WebIdentityTokenFile)
-        || set(Aws::ContainerCredentialsRelativeUri)
-        || set(Aws::ContainerCredentialsFullUri)
-        || set(Aws::MetadataEndpoint)
-        || is_true(builder.get_config_value(&Aws::SkipSignature));
-    require(url, credentials, AWS_VARIABLES)
-}
-
-fn check_azure(url: &str, builder: &MicrosoftAzureBuilder) -> Result<(), StoreError> {
-    let set = |key| builder.get_config_value(&key).is_some_and(|value| !value.is_empty());
-    if is_true(builder.get_config_value(&Azure::UseEmulator)) {
-        return Ok(());
+    /// For people: of bounded length, on one line, and without what a reply repeats of the request.
+    fn reason(&self) -> String {
+        let text = match (self.status(), self.tag("Code")) {
+            (status, Some(code)) => {
+                let status = status.map(|status| format!("status {status}, ")).unwrap_or_default();
+                let message = self.tag("Message").map(|message| format!(": {message}")).unwrap_or_default();
+                format!("{status}{code}{message}")
+            }
+            (Some(status), None) => format!("status {status}"),
+            (None, None) => self.0.clone(),
+        };
+        text.chars().take(REASON_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
     }
-    require(url, set(Azure::AccountName), AZURE_ACCOUNT_VARIABLES)?;
-    let credentials = set(Azure::AccessKey)
-        || set(Azure::SasKey)
-        || set(Azure::Token)
-        || set(Azure::ClientSecret)
-        || set(Azure::FederatedTokenFile)
-        || set(Azure::MsiEndpoint)
-        || set(Azure::FabricTokenServiceUrl)
-        || is_true(builder.get_config_value(&Azure::UseAzureCli))
-        || is_true(builder.get_config_value(&Azure::SkipSignature));
-    require(url, credentials, AZURE_VARIABLES)
-}
-
-fn check_google(
-    url: &str,
-    builder: &GoogleCloudStorageBuilder,
-    in_environment: impl Fn(&str) -> bool,
-) -> Result<(), StoreError> {
-    let set = |key| builder.get_config_value(&key).is_some_and(|value| !value.is_empty());
-    let credentials = set(Google::ServiceAccount)
-        || set(Google::ServiceAccountKey)
-        || set(Google::ApplicationCredentials)
-        || set(Google::BearerToken)
-        || is_true(builder.get_config_value(&Google::SkipSignature))
-        || in_environment("GCE_METADATA_HOST")
-        || in_environment("METADATA_HOST");
-    require(url, credentials, GOOGLE_VARIABLES)
-}
-
-fn require(url: &str, present: bool, variables: &'static str) -> Result<(), StoreError> {
-    if present { Ok(()) } else { Err(StoreError::NoCredentials { url: url.into(), variables }) }
-}
-
-fn is_true(value: Option<String>) -> bool {
-    value.is_some_and(|value| matches!(value.to_ascii_lowercase().as_str(), "1" | "true" | "on" | "yes" | "y"))
-}
-
-fn failed(op: &'static str, path: &str, error: Error) -> StoreError {
-    match error {
-        Error::NotFound { .. } => StoreError::NotFound { path: path.into() },
-        error @ (Error::PermissionDenied { .. } | Error::Unauthenticated { .. }) => {
-            StoreError::Denied { op, path: path.into(), reason: reason(&error) }
-        }
-        Error::NotSupported { .. } | Error::NotImplemented { .. } => {
-            StoreError::NotConditional { what: "the operations that Blockferry needs" }
-        }
-        error => StoreError::Unavailable { op, path: path.into(), reason: reason(&error) },
-    }
-}
-
-/// An error's own words, of bounded length and on one line.
-fn reason(error: &Error) -> String {
-    error.to_string().chars().take(REASON_CHARS_MAX).map(|c| if c.is_control() { ' ' } else { c }).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[test]
-    fn a_store_without_credentials_is_an_error_that_names_the_variables() {
-        let error = check_aws("s3://b", &AmazonS3Builder::new()).expect_err("no credentials");
-        assert!(error.to_string().contains("AWS_ACCESS_KEY_ID"), "{error}");
-        let error = check_azure("az://c", &MicrosoftAzureBuilder::new()).expect_err("no account");
-        assert!(error.to_string().contains("AZURE_STORAGE_ACCOUNT_NAME"), "{error}");
-        let error = check_azure("az://c", &MicrosoftAzureBuilder::new().with_account("a")).expect_err("no key");
-        assert!(error.to_string().contains("AZURE_STORAGE_ACCOUNT_KEY"), "{error}");
-        let error = check_google("gs://b", &GoogleCloudStorageBuilder::new(), |_| false).expect_err("no credentials");
-        assert!(error.to_string().contains("GOOGLE_SERVICE_ACCOUNT"), "{error}");
+    fn words(text: &str) -> Words {
+        Words(text.to_owned())
     }
 
     #[test]
-    fn any_kind_of_credentials_is_taken() {
-        assert!(check_aws("s3://b", &AmazonS3Builder::new().with_access_key_id("k")).is_ok());
-        assert!(check_aws("s3://b", &AmazonS3Builder::new().with_skip_signature(true)).is_ok());
-        assert!(check_azure("az://c", &MicrosoftAzureBuilder::new().with_use_emulator(true)).is_ok());
-        assert!(check_google("gs://b", &GoogleCloudStorageBuilder::new(), |name| name == "GCE_METADATA_HOST").is_ok());
+    fn what_a_reply_repeats_of_the_request_is_not_repeated() {
+        let denied = words(
+            "Error performing GET http://h/b/x in 1ms - Server returned non-2xx status code: 403 Forbidden: <Error><Code>SignatureDoesNotMatch</Code>\
+             <Message>they differ</Message><AWSAccessKeyId>AKIA</AWSAccessKeyId><StringToSign>hush</StringToSign></Error>",
+        );
+        assert_eq!(denied.reason(), "status 403, SignatureDoesNotMatch: they differ");
+        assert!(denied.says_denied() && !denied.may_pass());
     }
 
     #[test]
-    fn the_named_variables_are_those_that_the_builders_read() {
-        for key in ["aws_access_key_id", "aws_secret_access_key", "aws_web_identity_token_file", "aws_role_arn"] {
-            assert!(key.parse::<Aws>().is_ok(), "{key}");
-        }
-        for key in ["aws_container_credentials_relative_uri", "aws_metadata_endpoint"] {
-            assert!(key.parse::<Aws>().is_ok(), "{key}");
-        }
-        for key in ["account_name", "account_key", "sas_key", "client_id", "client_secret", "tenant_id"] {
-            assert!(format!("azure_storage_{key}").parse::<Azure>().is_ok(), "{key}");
-        }
-        for key in ["azure_federated_token_file", "azure_msi_endpoint"] {
-            assert!(key.parse::<Azure>().is_ok(), "{key}");
-        }
-        for key in ["google_service_account", "google_application_credentials", "google_service_account_key"] {
-            assert!(key.parse::<Google>().is_ok(), "{key}");
+    fn which_replies_are_worth_another_attempt() {
+        for (text, may_pass) in [
+            ("HTTP error: connection refused", true),
+            ("non-2xx status code: 503 Service Unavailable: ", true),
+            ("non-2xx status code: 429 Too Many Requests: ", true),
+            ("non-2xx status code: 400 Bad Request: <Code>RequestTimeout</Code>", true),
+            ("non-2xx status code: 400 Bad Request: <Code>XAmzContentSHA256Mismatch</Code>", true),
+            ("non-2xx status code: 400 Bad Request: <Code>ExpiredToken</Code>", false),
+            ("non-2xx status code: 416 Range Not Satisfiable: ", false),
+        ] {
+            assert_eq!(words(text).may_pass(), may_pass, "{text}");
         }
     }
 

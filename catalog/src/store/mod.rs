@@ -8,21 +8,30 @@
 //! - **Whole.** A reader sees an object's whole body or no object. A put that failed, or was cancelled or killed, leaves
 //!   either nothing under the path or (where the reply was lost) all of it.
 //! - **Create-if-absent** is atomic over all processes and hosts of the store: of many concurrent calls exactly one gets
-//!   `Created`. `Exists` says only that an object is there, maybe our own from a call whose reply was lost: whoever must
-//!   know reads it back and compares a nonce. The same holds for `compare_and_swap` and an error of kind `Retry`.
-//! - **Compare-and-swap** needs bodies that differ (each with a fresh nonce), since a version may be a content hash.
+//!   `Created`. Within a call, an attempt whose reply was lost is cleared up by reading back. Across calls `Exists` says only
+//!   that an object is there, maybe our own from a call that ended with an error: whoever must know reads it back and
+//!   compares a nonce. The same holds for `compare_and_swap` and an error of kind `Retry`.
+//! - **Compare-and-swap**, and create-if-absent, need bodies that differ (each with a fresh nonce): a version may be a content
+//!   hash, and an equal body that is read back is taken for our own.
 //! - **A listing is a hint.** It may miss what was just written. Decide by reading.
 //! - Dropping a future of this module is safe in the sense above: the operation happened whole or not at all.
 //!
 //! The store retries (bounded in count and in time) what a cloud calls transient, and never for longer than three minutes.
+//! Requests to a cloud are counted one by one, retries and parts included (`blockferry_store_requests_total`), and paced.
 
 mod cloud;
+#[cfg(any(test, feature = "fixture"))]
+pub mod conformance;
+mod environment;
 mod local;
+mod pace;
 mod path;
 mod probe;
+mod retry;
 #[cfg(test)]
 mod tests;
 
+use std::num::NonZeroU32;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -31,6 +40,8 @@ use common::clock::UnixMillis;
 use common::error::{Dispose, Disposition};
 use futures::StreamExt as _;
 use futures::stream::BoxStream;
+
+pub use environment::Environment;
 
 /// Largest object that [`Store::get`] and [`Store::get_versioned`] read: a checkpoint or a segment, and room.
 pub const GET_BYTES_MAX: u64 = 256 << 20;
@@ -96,6 +107,16 @@ pub enum StoreError {
         /// The system's words.
         reason: String,
     },
+    /// The bucket or container is gone, or was never there.
+    #[error("could not {op} {path}: the bucket of the store {url} is not there: create it, or correct the URL")]
+    NoBucket {
+        /// What was tried.
+        op: &'static str,
+        /// The object's path in the store.
+        path: String,
+        /// The store's URL.
+        url: String,
+    },
     /// An object is larger than a reader of its kind takes, or than this store reads whole.
     #[error("object {path} has {found} bytes, expected at most {max}")]
     TooLarge {
@@ -140,6 +161,17 @@ impl StoreError {
     pub fn is_not_found(&self) -> bool {
         matches!(self, Self::NotFound { .. })
     }
+
+    /// One word for metrics.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Denied { .. } | Self::NoCredentials { .. } => "store_denied",
+            Self::NoBucket { .. } => "store_no_bucket",
+            Self::NoSpace { .. } | Self::ReadOnly { .. } => "store_not_writable",
+            _ => "store",
+        }
+    }
 }
 
 impl Dispose for StoreError {
@@ -148,6 +180,7 @@ impl Dispose for StoreError {
             Self::Unavailable { .. } | Self::NoSpace { .. } | Self::ReadOnly { .. } => Disposition::Retry,
             Self::Truncated { .. } | Self::TooLarge { .. } => Disposition::Corrupt,
             Self::NotFound { .. }
+            | Self::NoBucket { .. }
             | Self::Url { .. }
             | Self::NoCredentials { .. }
             | Self::Denied { .. }
@@ -203,6 +236,10 @@ pub struct ObjectMeta {
 pub struct StoreOptions {
     /// Further certificate authorities (PEM) to trust for the store's endpoint.
     pub ca_pem: Option<Vec<u8>>,
+    /// Most requests a second to a cloud, over all clones of the store; `None` for no cap.
+    pub requests_per_second: Option<NonZeroU32>,
+    /// The variables that tell endpoints and credentials; `None` for those of this process.
+    pub environment: Option<Environment>,
 }
 
 /// An object store; cheap to clone, all clones share connections and limits.
@@ -275,10 +312,10 @@ impl Store {
     /// As [`Store::get`].
     pub async fn get_versioned(&self, path: &str) -> Result<(Bytes, Version), StoreError> {
         path::check(path)?;
-        count("get");
+        self.count("get");
         match &self.backend {
             Backend::Local(local) => local.get_versioned(path).await,
-            Backend::Cloud(cloud) => cloud.get_versioned(path).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.get_versioned(path)).await,
         }
     }
 
@@ -296,10 +333,10 @@ impl Store {
         if len == 0 {
             return Ok(Bytes::new());
         }
-        count("get_range");
+        self.count("get_range");
         match &self.backend {
             Backend::Local(local) => local.get_range(path, range).await,
-            Backend::Cloud(cloud) => cloud.get_range(path, range).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.get_range(path, range)).await,
         }
     }
 
@@ -309,10 +346,10 @@ impl Store {
     /// [`StoreError::NotFound`].
     pub async fn size(&self, path: &str) -> Result<u64, StoreError> {
         path::check(path)?;
-        count("head");
+        self.count("head");
         match &self.backend {
             Backend::Local(local) => local.size(path).await,
-            Backend::Cloud(cloud) => cloud.size(path).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.size(path)).await,
         }
     }
 
@@ -332,10 +369,10 @@ impl Store {
     /// As [`Store::put_new`].
     pub async fn put_segment(&self, path: &str, parts: Vec<Bytes>) -> Result<(), StoreError> {
         path::check(path)?;
-        count("put");
+        self.count("put");
         match &self.backend {
             Backend::Local(local) => local.put(path, parts).await,
-            Backend::Cloud(cloud) => cloud.put(path, parts).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.put(path, parts)).await,
         }
     }
 
@@ -345,10 +382,10 @@ impl Store {
     /// As [`Store::put_new`]; after an error the object may be there, with this body or another's.
     pub async fn put_if_absent(&self, path: &str, body: Bytes) -> Result<PutOutcome, StoreError> {
         path::check(path)?;
-        count("put_if_absent");
+        self.count("put_if_absent");
         match &self.backend {
             Backend::Local(local) => local.put_if_absent(path, body).await,
-            Backend::Cloud(cloud) => cloud.put_if_absent(path, body).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.put_if_absent(path, body)).await,
         }
     }
 
@@ -359,11 +396,11 @@ impl Store {
     /// As [`Store::put_new`]; after an error the swap may have happened: read back and compare the nonce.
     pub async fn compare_and_swap(&self, path: &str, version: &Version, body: Bytes) -> Result<CasOutcome, StoreError> {
         path::check(path)?;
-        count("compare_and_swap");
+        self.count("compare_and_swap");
         match (&self.backend, &version.0) {
             (Backend::Local(local), VersionKind::Local(digest)) => local.compare_and_swap(path, *digest, body).await,
             (Backend::Cloud(cloud), VersionKind::Cloud(version)) => {
-                cloud.compare_and_swap(path, version.clone(), body).await
+                Box::pin(cloud.compare_and_swap(path, version.clone(), body)).await
             }
             // A version of another store is of no object here.
             _ => Ok(CasOutcome::Changed),
@@ -391,7 +428,7 @@ impl Store {
     pub fn list_stream(&self, prefix: &str) -> Result<BoxStream<'static, Result<ObjectMeta, StoreError>>, StoreError> {
         let prefix = prefix.trim_end_matches('/');
         path::check(prefix)?;
-        count("list");
+        self.count("list");
         Ok(match &self.backend {
             Backend::Local(local) => local.list(prefix),
             Backend::Cloud(cloud) => cloud.list(prefix),
@@ -404,10 +441,17 @@ impl Store {
     /// Those of a write.
     pub async fn delete(&self, path: &str) -> Result<(), StoreError> {
         path::check(path)?;
-        count("delete");
+        self.count("delete");
         match &self.backend {
             Backend::Local(local) => local.delete(path).await,
-            Backend::Cloud(cloud) => cloud.delete(path).await,
+            Backend::Cloud(cloud) => Box::pin(cloud.delete(path)).await,
+        }
+    }
+
+    /// Counts an operation of a local store; what goes to a cloud is counted request by request.
+    fn count(&self, op: &'static str) {
+        if self.is_local() {
+            metrics::counter!("blockferry_store_requests_total", "op" => op).increment(1);
         }
     }
 
@@ -419,10 +463,6 @@ impl Store {
     pub async fn probe(&self) -> Result<(), StoreError> {
         probe::probe(self).await
     }
-}
-
-fn count(op: &'static str) {
-    metrics::counter!("blockferry_store_requests_total", "op" => op).increment(1);
 }
 
 fn explain_url(error: &url::ParseError) -> String {

@@ -1,6 +1,5 @@
-//! One suite that every store must pass, run on the local one; and what only the local one has.
+//! The conformance suite on the local store, and what only the local one has.
 
-use std::collections::HashSet;
 use std::os::unix::fs::PermissionsExt as _;
 
 use super::*;
@@ -11,119 +10,22 @@ fn temporary() -> (tempfile::TempDir, String) {
     (dir, url)
 }
 
-/// The promises of the module's doc, on any store.
-async fn conforms(store: &Store) {
-    store.probe().await.expect("the probe passes");
-    assert!(store.list("v1").await.expect("listed").is_empty(), "the probe leaves nothing");
-
-    // Whole objects and ranges.
-    assert!(store.get("v1/a/none").await.expect_err("absent").is_not_found());
-    assert!(store.size("v1/a/none").await.expect_err("absent").is_not_found());
-    store.put_new("v1/a/one", Bytes::from_static(b"0123456789")).await.expect("put");
-    assert_eq!(store.get("v1/a/one").await.expect("got"), "0123456789");
-    assert_eq!(store.size("v1/a/one").await.expect("size"), 10);
-    assert_eq!(store.get_range("v1/a/one", 3..6).await.expect("range"), "345");
-    assert!(store.get_range("v1/a/one", 4..4).await.expect("nothing").is_empty());
-    let error = store.get_range("v1/a/one", 5..11).await.expect_err("beyond the end");
-    assert!(matches!(error, StoreError::Truncated { expected: 11, found: 10, .. }), "{error}");
-    assert!(store.get("v1/a").await.expect_err("a folder is no object").is_not_found());
-
-    // A large object in odd parts.
-    let parts: Vec<Bytes> = (0_u8..37).map(|n| Bytes::from(vec![n; 300_001 + usize::from(n)])).collect();
-    let whole = Bytes::from(parts.concat());
-    store.put_segment("v1/a/large", parts).await.expect("put");
-    assert_eq!(store.get("v1/a/large").await.expect("got"), whole);
-    assert_eq!(
-        store.get_range("v1/a/large", 1_000_000..9_000_000).await.expect("range"),
-        whole.slice(1_000_000..9_000_000)
-    );
-
-    // Create-if-absent never replaces.
-    assert_eq!(store.put_if_absent("v1/b/x", "first".into()).await.expect("put"), PutOutcome::Created);
-    assert_eq!(store.put_if_absent("v1/b/x", "second".into()).await.expect("put"), PutOutcome::Exists);
-    assert_eq!(store.get("v1/b/x").await.expect("got"), "first");
-
-    // Compare-and-swap takes the present version alone.
-    let (_, first) = store.get_versioned("v1/b/x").await.expect("got");
-    let CasOutcome::Swapped(second) = store.compare_and_swap("v1/b/x", &first, "third".into()).await.expect("swap")
-    else {
-        panic!("the present version was refused");
-    };
-    assert_eq!(store.compare_and_swap("v1/b/x", &first, "fourth".into()).await.expect("swap"), CasOutcome::Changed);
-    assert_eq!(store.get_versioned("v1/b/x").await.expect("got"), (Bytes::from_static(b"third"), second.clone()));
-
-    // Listings see a folder and nothing that merely starts like it.
-    store.put_new("v1/bb/y", "y".into()).await.expect("put");
-    let names: HashSet<String> = store.list("v1/b").await.expect("listed").into_iter().map(|meta| meta.path).collect();
-    assert_eq!(names, HashSet::from(["v1/b/x".to_owned()]));
-    assert_eq!(store.list("v1/").await.expect("listed").len(), 4);
-    assert!(store.list("v2").await.expect("listed").is_empty());
-
-    // Deletion is idempotent, and what is gone can't be swapped back.
-    store.delete("v1/b/x").await.expect("deleted");
-    store.delete("v1/b/x").await.expect("deleted again");
-    assert_eq!(store.compare_and_swap("v1/b/x", &second, "fifth".into()).await.expect("swap"), CasOutcome::Changed);
-    assert!(store.get("v1/b/x").await.expect_err("gone").is_not_found());
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn the_local_store_conforms() {
     let (_dir, url) = temporary();
-    conforms(&Store::open(&url).await.expect("opened")).await;
+    conformance::conforms(&Store::open(&url).await.expect("opened")).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn of_concurrent_creators_exactly_one_wins() {
+async fn of_concurrent_writers_exactly_one_wins_and_no_increment_is_lost() {
     let (_dir, url) = temporary();
-    for round in 0..20 {
-        let path = format!("v1/log/{round}");
-        let creators = (0..8).map(|n| {
-            let (url, path) = (url.clone(), path.clone());
-            // Each opens the store anew: as if they were processes.
-            tokio::spawn(async move {
-                let store = Store::open(&url).await.expect("opened");
-                (n, store.put_if_absent(&path, format!("writer {n}").into()).await.expect("put"))
-            })
-        });
-        let mut winners = Vec::new();
-        for creator in creators.collect::<Vec<_>>() {
-            let (n, outcome) = creator.await.expect("joined");
-            if outcome == PutOutcome::Created {
-                winners.push(n);
-            }
-        }
-        assert_eq!(winners.len(), 1, "{winners:?}");
-        let body = Store::open(&url).await.expect("opened").get(&path).await.expect("got");
-        assert_eq!(body, format!("writer {}", winners[0]));
+    let mut stores = Vec::new();
+    for _ in 0..8 {
+        // Each opens the store anew: as if they were processes.
+        stores.push(Store::open(&url).await.expect("opened"));
     }
-}
-
-#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
-async fn of_concurrent_swappers_exactly_one_wins_and_no_increment_is_lost() {
-    let (_dir, url) = temporary();
-    let store = Store::open(&url).await.expect("opened");
-    store.put_if_absent("v1/counter", "0".into()).await.expect("put");
-    let adders = (0..8).map(|_| {
-        let url = url.clone();
-        tokio::spawn(async move {
-            let store = Store::open(&url).await.expect("opened");
-            for _ in 0..10 {
-                loop {
-                    let (body, version) = store.get_versioned("v1/counter").await.expect("got");
-                    let value: u32 = std::str::from_utf8(&body).expect("text").parse().expect("a number");
-                    let next = Bytes::from((value + 1).to_string());
-                    match store.compare_and_swap("v1/counter", &version, next).await.expect("swap") {
-                        CasOutcome::Swapped(_) => break,
-                        CasOutcome::Changed => {}
-                    }
-                }
-            }
-        })
-    });
-    for adder in adders.collect::<Vec<_>>() {
-        adder.await.expect("joined");
-    }
-    assert_eq!(store.get("v1/counter").await.expect("got"), "80");
+    conformance::of_concurrent_creators_exactly_one_wins(&stores, 20).await;
+    conformance::of_concurrent_swappers_no_increment_is_lost(&stores, 10).await;
 }
 
 #[tokio::test]

@@ -12,7 +12,7 @@ use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::order::{Progress, Step, next_step};
-use super::{Batch, ForwardEvent, Lost, Patience, Shared, may_pass, open_log};
+use super::{Batch, ForwardEvent, Lost, Patience, Shared, kind_of, may_pass, open_log};
 
 /// Entries after which a checkpoint that failed is tried again.
 const CHECKPOINT_RETRY_ENTRIES: u64 = 8;
@@ -105,7 +105,7 @@ async fn append(
     loop {
         match writer.append(segments.to_vec(), committed.clone()).await {
             Ok(_) => return Ok(()),
-            Err(error) if may_pass(&error) => patience.after(&error).await,
+            Err(error) if may_pass(&error) => patience.after(&error, kind_of(&error)).await,
             // Too many attempts whose outcome is not known: the log itself tells which of them, if any, won.
             Err(LogError::TooMuch { .. } | LogError::OtherAttempt { .. }) => {
                 let (reopened, view) = open_log(shared, header).await?;

@@ -323,7 +323,7 @@ async fn read_header(shared: &Shared, volume: VolumeId) -> Result<VolumeHeader, 
     loop {
         match header::read(&shared.store, volume).await {
             Ok(stored) => return Ok(stored.header),
-            Err(error @ HeaderError::Store(_)) => patience.after(&error).await,
+            Err(HeaderError::Store(error)) => patience.after(&error, error.kind()).await,
             Err(error) => return Err(error.into()),
         }
     }
@@ -540,7 +540,7 @@ async fn upload(
     let started = tokio::time::Instant::now();
     let mut patience = Patience::new(volume, "upload a segment");
     while let Err(error) = shared.store.put_segment(&path, parts.clone()).await {
-        patience.after(&error).await;
+        patience.after(&error, error.kind()).await;
     }
     metrics::histogram!("blockferry_receiver_upload_seconds").record(started.elapsed());
     drop((parts, permit, slot));
@@ -560,16 +560,21 @@ impl Patience {
         Self { volume, what, backoff: Backoff::new(BACKOFF_BASE, BACKOFF_MAX), failures: 0 }
     }
 
-    /// An attempt failed; done when it is time for the next.
-    fn after(&mut self, error: &impl Display) -> tokio::time::Sleep {
+    /// An attempt failed, for a reason of this kind; done when it is time for the next.
+    fn after(&mut self, error: &impl Display, kind: &'static str) -> tokio::time::Sleep {
         let wait = self.backoff.next_wait(rng::random().map_or(u64::MAX, u64::from_le_bytes));
         self.failures += 1;
         // The first ones are told, of the later ones one in eight.
         if self.failures < 4 || self.failures.is_multiple_of(8) {
             let (volume, what, failures) = (self.volume, self.what, self.failures);
-            tracing::warn!(%volume, %error, failures, ?wait, "could not {what}; trying again");
+            if kind == "store" {
+                tracing::warn!(%volume, %error, failures, ?wait, "could not {what}; trying again");
+            } else {
+                // Credentials, the bucket or its disk: it goes on by itself once a person has repaired it.
+                tracing::error!(%volume, %error, failures, ?wait, kind, "could not {what}; trying again");
+            }
         }
-        metrics::counter!("blockferry_receiver_errors_total", "kind" => "store").increment(1);
+        metrics::counter!("blockferry_receiver_errors_total", "kind" => kind).increment(1);
         tokio::time::sleep(wait)
     }
 }
@@ -580,10 +585,15 @@ async fn open_log(shared: &Shared, header: &VolumeHeader) -> Result<(LogWriter, 
     loop {
         match LogWriter::open(&shared.store, header, shared.config.receiver, &shared.clock).await {
             Ok(opened) => return Ok(opened),
-            Err(error) if may_pass(&error) => patience.after(&error).await,
+            Err(error) if may_pass(&error) => patience.after(&error, kind_of(&error)).await,
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// What an error that may pass counts as.
+fn kind_of(error: &LogError) -> &'static str {
+    if let LogError::Store(error) = error { error.kind() } else { "store" }
 }
 
 fn may_pass(error: &LogError) -> bool {
