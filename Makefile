@@ -24,6 +24,8 @@ CARGO_DENY_VERSION := 0.20.2
 # Object stores that tests run against. Azurite 3.36 and later want a newer Node than Debian has.
 SEAWEEDFS_VERSION := 4.48
 AZURITE_VERSION := 3.35.0
+# For the reader that is written by docs/formats alone (tests/reader).
+READER_PACKAGES := blake3==1.0.11 cryptography==50.0.2 zstandard==0.25.0
 
 .PHONY: deps test-deps bench-deps guest-deps build demo test test-long test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
 	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze clean
@@ -35,6 +37,7 @@ deps:
 test-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(TEST_PACKAGES)
 	deploy/test-servers.sh $(CACHE_DIR) $(SEAWEEDFS_VERSION) $(AZURITE_VERSION)
+	deploy/python.sh $(CACHE_DIR) $(READER_PACKAGES)
 
 bench-deps: deps
 	deploy/deps.sh $(CACHE_DIR) $(CARGO_DENY_VERSION) $(BENCH_PACKAGES)

@@ -6,7 +6,7 @@ use std::process::ExitCode as ProcessExit;
 use std::sync::LazyLock;
 
 use catalog::store::{Store, StoreOptions};
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 use common::budget::{effective_memory, resolve};
 use common::ids::CloseId;
 use common::limits::MEMORY_BUDGET_BYTES_MIN;
@@ -16,7 +16,8 @@ use common::ops::{logging, panic_guard};
 
 use crate::error::OperatorError;
 use crate::restore::group::GroupRequest;
-use crate::restore::{self, RestoreError, RestoreRequest};
+use crate::restore::image::Format;
+use crate::restore::{self, RestoreRequest};
 use crate::select::{PointWanted, parse_close};
 use crate::serve::{self, ServeArgs, ServeError};
 use crate::verify::{self, VerifyRequest};
@@ -52,13 +53,6 @@ pub(crate) struct StoreArgs {
     store_requests_per_second: u32,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    Raw,
-    Qcow2,
-    Vhd,
-}
-
 #[derive(Debug, Subcommand)]
 enum Command {
     /// List recovery points, oldest first
@@ -77,7 +71,7 @@ enum Command {
     },
     /// Restore a recovery point to a new file or a block device
     #[command(
-        after_help = "Examples:\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to /dev/sdb --dry-run\n  blockferry restore --store file:///srv/store --machine web-1 --point GROUP_POINT --key-file blockferry.key --to-dir restored\n\n`points --json` shows which points share a group point: an instant of several disks. An interrupted restore goes on where it stopped when the same command is run again."
+        after_help = "Examples:\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.img\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to /dev/sdb --dry-run\n  blockferry restore --store file:///srv/store --volume root --key-file blockferry.key --to root.vhd --format vhd --verify\n  blockferry restore --store file:///srv/store --machine web-1 --point GROUP_POINT --key-file blockferry.key --to-dir restored\n\n`points --json` shows which points share a group point: an instant of several disks. An interrupted restore goes on where it stopped when the same command is run again."
     )]
     Restore {
         #[command(flatten)]
@@ -97,12 +91,15 @@ enum Command {
         /// New file, or block device
         #[arg(long, value_name = "FILE|DEVICE", required_unless_present = "machine")]
         to: Option<PathBuf>,
-        /// With --machine: folder for a file NAME.img of each volume
+        /// With --machine: folder for a file of each volume, NAME.img, NAME.qcow2 or NAME.vhd
         #[arg(long, value_name = "DIR", requires = "machine")]
         to_dir: Option<PathBuf>,
-        /// Image format of a file
+        /// What a file is written as; vhd is a fixed one of whole MiB, as Azure takes it
         #[arg(long, value_enum, default_value_t = Format::Raw)]
         format: Format,
+        /// Read back what was written and compare it
+        #[arg(long)]
+        verify: bool,
         /// Check everything and show what would be written; write nothing
         #[arg(long)]
         dry_run: bool,
@@ -233,6 +230,7 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             to,
             to_dir,
             format,
+            verify,
             dry_run,
             force,
             state_dir,
@@ -240,21 +238,39 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             memory,
         } => {
             let point = point.parse()?;
-            if format != Format::Raw {
-                let format = if format == Format::Vhd { "vhd" } else { "qcow2" }.to_owned();
-                return Err(RestoreError::Format { format }.into());
-            }
             let budget_bytes = budget(memory)?;
             let store = open(&store).await?;
             if let (Some(machine), Some(to_dir)) = (machine, to_dir) {
-                let request =
-                    GroupRequest { machine, point, key_file, to_dir, dry_run, force, state_dir, json, budget_bytes };
+                let request = GroupRequest {
+                    machine,
+                    point,
+                    key_file,
+                    to_dir,
+                    format,
+                    verify,
+                    dry_run,
+                    force,
+                    state_dir,
+                    json,
+                    budget_bytes,
+                };
                 restore::group::run(&store, &request, &mut out).await?;
             } else {
                 // clap demands both without --machine.
                 let (volume, to) = (volume.unwrap_or_default(), to.unwrap_or_default());
-                let request =
-                    RestoreRequest { volume, point, key_file, to, dry_run, force, state_dir, json, budget_bytes };
+                let request = RestoreRequest {
+                    volume,
+                    point,
+                    key_file,
+                    to,
+                    format,
+                    verify,
+                    dry_run,
+                    force,
+                    state_dir,
+                    json,
+                    budget_bytes,
+                };
                 restore::run(&store, &request, &mut out).await?;
             }
         }

@@ -11,6 +11,7 @@ use common::ops::logging::LoggingError;
 use crate::epochs::EpochError;
 use crate::keys::KeyError;
 use crate::restore::RestoreError;
+use crate::restore::target::TargetError;
 use crate::select::SelectError;
 use crate::serve::ServeError;
 use crate::verify::VerifyError;
@@ -75,7 +76,8 @@ impl OperatorError {
             Self::Header(HeaderError::Ambiguous { .. }) | Self::Logging(_) => ExitCode::Usage,
             Self::Store(StoreError::Url { .. }) => ExitCode::Usage,
             Self::Budget(BudgetError::BelowMinimum { .. } | BudgetError::AboveEffective { .. }) => ExitCode::Usage,
-            Self::Select(SelectError::BadText { .. }) | Self::Restore(RestoreError::Format { .. }) => ExitCode::Usage,
+            Self::Select(SelectError::BadText { .. })
+            | Self::Restore(RestoreError::Target(TargetError::NotAFile { .. })) => ExitCode::Usage,
             Self::Serve(error) => error.exit(),
             _ => ExitCode::Failed,
         }

@@ -6,6 +6,7 @@ use catalog::store::Store;
 use catalog::volume::fixture::FixtureVolume;
 
 use crate::restore::RestoreRequest;
+use crate::restore::image::Format;
 use crate::select::PointWanted;
 use crate::verify::VerifyRequest;
 
@@ -53,6 +54,8 @@ impl World {
             point: point.parse().expect("a point"),
             key_file: self.key_file(volume),
             to: to.into(),
+            format: Format::Raw,
+            verify: false,
             dry_run: false,
             force: false,
             state_dir: self.path("state"),

@@ -6,6 +6,7 @@
 //! v1/volumes/<uuid>/log/<20 digits>               create-if-absent, one after the other: the volume's history
 //! v1/volumes/<uuid>/checkpoints/<20 digits>       create-if-absent: summary of the log up to that entry
 //! v1/volumes/<uuid>/segments/<ulid>               records, immutable
+//! v1/volumes/<uuid>/proofs                        compare-and-swapped: what was proven of points, and when
 //! ```
 //!
 //! Promises: what is read is checked (checksum, place, previous digest, parent, signature) before it is believed, and an error
@@ -19,6 +20,7 @@ pub mod header;
 pub mod history;
 pub mod log;
 pub mod paths;
+pub mod proofs;
 pub mod segment;
 #[cfg(test)]
 mod tests;

@@ -19,6 +19,12 @@ pub fn header(volume: VolumeId) -> String {
     format!("{VOLUMES}/{volume}/header")
 }
 
+/// What was proven of a volume's points.
+#[must_use]
+pub fn proofs(volume: VolumeId) -> String {
+    format!("{VOLUMES}/{volume}/proofs")
+}
+
 /// Folder of a volume's log.
 #[must_use]
 pub fn log_folder(volume: VolumeId) -> String {

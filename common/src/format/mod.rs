@@ -15,6 +15,7 @@ pub mod envelope;
 pub mod frame;
 pub mod log;
 pub mod page_set;
+pub mod proofs;
 pub mod record;
 pub mod segment;
 pub mod stage_key;

@@ -31,6 +31,8 @@ pub struct Progress {
     label: String,
     total: Option<u64>,
     done: AtomicU64,
+    /// Of `done`, what an earlier run had done: it took this one no time.
+    skipped: AtomicU64,
     shown: Shown,
 }
 
@@ -63,19 +65,30 @@ impl Progress {
             let now = Instant::now();
             Shown::Lines(Mutex::new(Lines { started: now, last: now }))
         };
-        Self { label: label.to_owned(), total: total_bytes, done: AtomicU64::new(0), shown }
+        Self { label: label.to_owned(), total: total_bytes, done: AtomicU64::new(0), skipped: AtomicU64::new(0), shown }
     }
 
     /// Progress that is counted and not shown.
     #[must_use]
     pub fn hidden() -> Self {
-        Self { label: String::new(), total: None, done: AtomicU64::new(0), shown: Shown::Nothing }
+        let (done, skipped) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { label: String::new(), total: None, done, skipped, shown: Shown::Nothing }
     }
 
     /// Bytes done so far.
     #[must_use]
     pub fn done(&self) -> u64 {
         self.done.load(Ordering::Relaxed)
+    }
+
+    /// Counts `bytes` as done by an earlier run: they say nothing of the rate.
+    pub fn skip(&self, bytes: u64) {
+        self.skipped.fetch_add(bytes, Ordering::Relaxed);
+        let done = self.done.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
+        if let Shown::Bar(bar) = &self.shown {
+            bar.set_position(done);
+            bar.reset_eta();
+        }
     }
 
     /// Counts `bytes` more as done. Cheap; may be called for each block.
@@ -89,7 +102,7 @@ impl Progress {
                 let now = Instant::now();
                 if now.duration_since(lines.last) >= LINE_INTERVAL {
                     lines.last = now;
-                    self.write(&line(&self.label, done, self.total, now.duration_since(lines.started)));
+                    self.write(&self.line(now.duration_since(lines.started), true));
                 }
             }
             Shown::Nothing => {}
@@ -109,14 +122,18 @@ impl Progress {
             Shown::Bar(bar) => {
                 let elapsed = bar.elapsed();
                 bar.finish_and_clear();
-                self.write(&line(&self.label, self.done(), self.total, elapsed));
+                self.write(&self.line(elapsed, false));
             }
             Shown::Lines(lines) => {
                 let started = lines.lock().unwrap_or_else(PoisonError::into_inner).started;
-                self.write(&line(&self.label, self.done(), self.total, started.elapsed()));
+                self.write(&self.line(started.elapsed(), false));
             }
             Shown::Nothing => {}
         }
+    }
+
+    fn line(&self, elapsed: Duration, running: bool) -> String {
+        line(&self.label, self.done(), self.skipped.load(Ordering::Relaxed), self.total, elapsed, running)
     }
 
     fn write(&self, text: &str) {
@@ -144,10 +161,11 @@ fn style(known_total: bool) -> ProgressStyle {
         .map_or_else(|_| ProgressStyle::default_bar(), |style| style.progress_chars("=> "))
 }
 
-/// `root: 512 MiB of 1 GiB (50 %), 100 MiB/s`.
-fn line(label: &str, done: u64, total: Option<u64>, elapsed: Duration) -> String {
+/// `root: 512 MiB of 1 GiB (50 %), 128 MiB/s, 4 s, 4 s left`: what is left is said while it runs. PURE.
+fn line(label: &str, done: u64, skipped: u64, total: Option<u64>, elapsed: Duration, running: bool) -> String {
     let millis = elapsed.as_millis().max(1);
-    let rate = ByteCount(u64::try_from(u128::from(done) * 1000 / millis).unwrap_or(u64::MAX));
+    let own = done.saturating_sub(skipped);
+    let rate = ByteCount(u64::try_from(u128::from(own) * 1000 / millis).unwrap_or(u64::MAX));
     let amount = match total {
         Some(total) if total > 0 => {
             let percent = u128::from(done.min(total)) * 100 / u128::from(total);
@@ -155,7 +173,9 @@ fn line(label: &str, done: u64, total: Option<u64>, elapsed: Duration) -> String
         }
         _ => ByteCount(done).to_string(),
     };
-    format!("{label}: {amount}, {rate}/s, {} s", elapsed.as_secs())
+    let left = total.filter(|_| running && rate.0 > 0).map(|total| total.saturating_sub(done).div_ceil(rate.0));
+    let left = left.map_or_else(String::new, |seconds| format!(", {seconds} s left"));
+    format!("{label}: {amount}, {rate}/s, {} s{left}", elapsed.as_secs())
 }
 
 #[cfg(test)]
@@ -164,9 +184,15 @@ mod tests {
 
     #[test]
     fn a_plain_line_tells_amount_share_and_rate_without_control_characters() {
-        let text = line("root", 512 << 20, Some(1 << 30), Duration::from_secs(4));
+        let text = line("root", 512 << 20, 0, Some(1 << 30), Duration::from_secs(4), false);
         assert_eq!(text, "root: 512 MiB of 1 GiB (50 %), 128 MiB/s, 4 s");
-        assert_eq!(line("root", 0, Some(0), Duration::ZERO), "root: 0 B, 0 B/s, 0 s");
+        assert_eq!(line("root", 0, 0, Some(0), Duration::ZERO, true), "root: 0 B, 0 B/s, 0 s");
+    }
+
+    #[test]
+    fn what_is_left_is_told_from_what_this_run_did_alone() {
+        let text = line("root", 768 << 20, 512 << 20, Some(1 << 30), Duration::from_secs(4), true);
+        assert_eq!(text, "root: 768 MiB of 1 GiB (75 %), 64 MiB/s, 4 s, 4 s left");
     }
 
     #[test]

@@ -113,7 +113,11 @@ pub fn starts_with_zeros(device: &File, len: u64) -> io::Result<bool> {
     Ok(first_non_zero(device, 0, len)?.is_none())
 }
 
-fn first_non_zero(device: &File, start: u64, len: u64) -> io::Result<Option<u64>> {
+/// Where the first byte that is not zero lies among `len` bytes from `start` on.
+///
+/// # Errors
+/// Those of reading.
+pub fn first_non_zero(device: &File, start: u64, len: u64) -> io::Result<Option<u64>> {
     let mut chunk = vec![0; CHUNK_BYTES];
     let (mut at, end) = (start, start + len);
     while at < end {

@@ -17,12 +17,13 @@ use common::ops::progress::Progress;
 use futures::StreamExt as _;
 
 use super::plan::{LiveRecord, Plan};
+use super::readback::Sums;
 use super::state::RestoreState;
 use super::target::{Target, TargetError};
 use crate::open::{OpenError, RecordOpener};
 
 /// Ranges in flight.
-const FETCHES_IN_PARALLEL: usize = 8;
+pub(super) const FETCHES_IN_PARALLEL: usize = 8;
 /// Bytes fetched after which what was written is synced and remembered.
 const SAVE_BYTES: u64 = 64 << 20;
 /// What opening a record takes beside its bytes.
@@ -60,6 +61,9 @@ impl Dispose for FetchError {
     }
 }
 
+/// What is done with a run of pages: the record's number in the plan, the run's place on the disk, its bytes.
+pub(super) type EachRun<'a> = dyn FnMut(usize, u64, &[u8]) -> Result<(), FetchError> + 'a;
+
 /// All that the workers share.
 pub struct Fetcher {
     /// Where segments lie.
@@ -91,23 +95,28 @@ impl Fetcher {
     }
 
     /// Restores the items of `plan` that `state` does not have as done, the disk's first block last, and syncs. Items of the
-    /// first block are never recorded as done.
+    /// first block are never recorded as done. Into `sums`, where given, goes what was written of each record.
     ///
     /// # Errors
     /// The first [`FetchError`]; what `state` records is durable.
-    pub async fn run(self: &Arc<Self>, plan: &Arc<Plan>, state: &mut RestoreState) -> Result<(), FetchError> {
+    pub async fn run(
+        self: &Arc<Self>,
+        plan: &Arc<Plan>,
+        state: &mut RestoreState,
+        sums: Option<&Arc<Sums>>,
+    ) -> Result<(), FetchError> {
         let mut pending = Vec::new();
         for (number, item) in plan.items.iter().enumerate().take(plan.first_block_from) {
             if state.done[number] {
-                self.progress.advance(live_bytes(&plan.records[item.records.clone()]));
+                self.progress.skip(live_bytes(&plan.records[item.records.clone()]));
             } else {
                 pending.push(number);
             }
         }
         let mut running = futures::stream::iter(pending)
             .map(|number| {
-                let (this, plan) = (Arc::clone(self), Arc::clone(plan));
-                async move { this.restore(&plan, number).await.map(|()| number) }
+                let (this, plan, sums) = (Arc::clone(self), Arc::clone(plan), sums.cloned());
+                async move { this.restore(&plan, number, sums).await.map(|()| number) }
             })
             .buffer_unordered(FETCHES_IN_PARALLEL);
         let mut unsaved = 0;
@@ -123,12 +132,16 @@ impl Fetcher {
         drop(running);
         self.save(state).await?;
         for number in plan.first_block_from..plan.items.len() {
-            self.restore(plan, number).await?;
+            self.restore(plan, number, sums.cloned()).await?;
         }
         Ok(())
     }
 
-    async fn save(self: &Arc<Self>, state: &RestoreState) -> Result<(), FetchError> {
+    /// Makes durable what was written, and then that it was.
+    ///
+    /// # Errors
+    /// Those of the target.
+    pub async fn save(self: &Arc<Self>, state: &RestoreState) -> Result<(), FetchError> {
         let (this, state) = (Arc::clone(self), state.clone());
         blocking(move || {
             this.target.sync()?;
@@ -137,25 +150,67 @@ impl Fetcher {
         .await
     }
 
-    async fn restore(self: &Arc<Self>, plan: &Arc<Plan>, number: usize) -> Result<(), FetchError> {
+    async fn restore(
+        self: &Arc<Self>,
+        plan: &Arc<Plan>,
+        number: usize,
+        sums: Option<Arc<Sums>>,
+    ) -> Result<(), FetchError> {
+        self.with_item(plan, number, move |this, plan, number, bytes| {
+            this.each_run(plan, number, bytes, &mut |record, at, run| {
+                let written = this.target.write(at, run)?;
+                this.progress.advance(written.len() as u64);
+                if let Some(sums) = &sums {
+                    sums.add(record, written);
+                }
+                Ok(())
+            })
+        })
+        .await
+    }
+
+    /// Fetches an item and gives its bytes to `work` on a thread that may block, within the budget.
+    ///
+    /// # Errors
+    /// Those of the store and of `work`.
+    pub(super) async fn with_item(
+        self: &Arc<Self>,
+        plan: &Arc<Plan>,
+        number: usize,
+        work: impl FnOnce(&Self, &Plan, usize, &Bytes) -> Result<(), FetchError> + Send + 'static,
+    ) -> Result<(), FetchError> {
         let item = &plan.items[number];
         let permit = self.budget.acquire(item.range.end - item.range.start + OPEN_BYTES).await?;
         let segment = &self.history.segments[item.segment as usize];
         let bytes = self.store.get_range(&segment.path, item.range.clone()).await?;
         let (this, plan) = (Arc::clone(self), Arc::clone(plan));
-        blocking(move || this.write(&plan, number, &bytes, &permit)).await
+        blocking(move || {
+            // Held until all is done with the bytes.
+            let _permit: Permit = permit;
+            work(&this, &plan, number, &bytes)
+        })
+        .await
     }
 
-    /// Opens the records of an item and writes their live pages. The permit is held until all is written.
-    fn write(&self, plan: &Plan, number: usize, bytes: &Bytes, _permit: &Permit) -> Result<(), FetchError> {
+    /// Opens the records of an item and gives each run of live pages to `each`. Runs of a record come in the disk's order.
+    ///
+    /// # Errors
+    /// The first of opening a record and of `each`.
+    pub(super) fn each_run(
+        &self,
+        plan: &Plan,
+        number: usize,
+        bytes: &Bytes,
+        each: &mut EachRun<'_>,
+    ) -> Result<(), FetchError> {
         let item = &plan.items[number];
         let mut turn = self.opener.turn()?;
-        for live in &plan.records[item.records.clone()] {
+        for number in item.records.clone() {
+            let live = &plan.records[number];
             let start = (u64::from(live.offset) - item.range.start) as usize;
             let opened = turn.open(live, bytes.slice(start..start + live.len as usize))?;
             for (at, run) in opened.runs() {
-                let written = self.target.write(at, run)?;
-                self.progress.advance(written);
+                each(number, at, run)?;
             }
         }
         Ok(())
@@ -166,7 +221,7 @@ fn live_bytes(records: &[LiveRecord]) -> u64 {
     records.iter().map(|record| u64::from(record.live.count()) * PAGE_BYTES as u64).sum()
 }
 
-async fn blocking<T: Send + 'static>(
+pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
 ) -> Result<T, FetchError> {
     match tokio::task::spawn_blocking(work).await {

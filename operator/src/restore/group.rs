@@ -15,6 +15,7 @@ use common::format::close::Consistency;
 use common::ids::GroupId;
 use common::net::identity::check_name;
 
+use super::image::Format;
 use super::{RestoreError, RestoreRequest};
 use crate::error::OperatorError;
 use crate::select::PointWanted;
@@ -30,6 +31,10 @@ pub struct GroupRequest {
     pub key_file: PathBuf,
     /// Folder for the files, made if it is not there.
     pub to_dir: PathBuf,
+    /// What the files are written as.
+    pub format: Format,
+    /// Read back and compare what was written.
+    pub verify: bool,
     /// Stop before anything is written.
     pub dry_run: bool,
     /// Overwrite files.
@@ -86,7 +91,9 @@ pub async fn run(
             volume: header.volume.to_string(),
             point: PointWanted::Id(point.id.to_string()),
             key_file: request.key_file.clone(),
-            to: request.to_dir.join(format!("{name}.img")),
+            to: request.to_dir.join(format!("{name}.{}", request.format.extension())),
+            format: request.format,
+            verify: request.verify,
             dry_run: request.dry_run,
             force: request.force,
             state_dir: request.state_dir.clone(),
@@ -165,6 +172,8 @@ mod tests {
                 point,
                 key_file: key_file.clone().expect("made"),
                 to_dir: to_dir.clone(),
+                format: Format::Raw,
+                verify: false,
                 dry_run: false,
                 force: false,
                 state_dir: world.path("state"),

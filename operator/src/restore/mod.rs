@@ -2,13 +2,15 @@
 //!
 //! Order: find the volume, read and check its whole log, choose the point, open the data key (a wrong key ends here, before
 //! anything is written), plan all of the disk from the epochs' proven metadata (an incomplete point ends here), open
-//! the target (what must not be overwritten ends here), then fetch and write. What is on the target in the end was
-//! authenticated record by record.
+//! the target (what must not be overwritten ends here), then fetch and write, and with `--verify` read back and compare. What is on
+//! the target in the end was authenticated record by record.
 
 pub mod device;
 pub mod fetch;
 pub mod group;
+pub mod image;
 pub mod plan;
+pub mod readback;
 pub mod state;
 pub mod target;
 
@@ -27,7 +29,9 @@ use crate::open::RecordOpener;
 use crate::point::PointSource;
 use crate::select::PointWanted;
 use fetch::{FetchError, Fetcher};
+use image::{ClusterMap, Format, Image, ImageError};
 use plan::{Plan, PlanError, WINDOW_BLOCKS};
+use readback::Sums;
 use state::RestoreState;
 use target::{Target, TargetError};
 
@@ -73,12 +77,9 @@ pub enum RestoreError {
         /// Why.
         why: String,
     },
-    /// A format that is not written yet.
-    #[error("--format {format} is not in this release: use raw, and convert the file with qemu-img")]
-    Format {
-        /// Format asked for.
-        format: String,
-    },
+    /// The format can't hold the disk.
+    #[error(transparent)]
+    Image(#[from] ImageError),
 }
 
 impl Dispose for RestoreError {
@@ -90,7 +91,7 @@ impl Dispose for RestoreError {
             | Self::NoMachine { .. }
             | Self::NoGroupPoint { .. }
             | Self::BadName { .. }
-            | Self::Format { .. } => Disposition::BadInput,
+            | Self::Image(_) => Disposition::BadInput,
         }
     }
 }
@@ -106,6 +107,10 @@ pub struct RestoreRequest {
     pub key_file: PathBuf,
     /// File or device.
     pub to: PathBuf,
+    /// What a file is written as.
+    pub format: Format,
+    /// Read back and compare what was written.
+    pub verify: bool,
     /// Stop before anything is written.
     pub dry_run: bool,
     /// Overwrite.
@@ -141,6 +146,8 @@ pub struct RestoreReport {
     pub head_epoch: u64,
     /// Target.
     pub to: String,
+    /// `raw`, `qcow2` or `vhd`.
+    pub format: Format,
     /// Bytes of the disk.
     pub bytes: u64,
     /// Bytes of it that are not zero pages.
@@ -149,6 +156,8 @@ pub struct RestoreReport {
     pub fetch_bytes: u64,
     /// Whether an earlier run was gone on with.
     pub resumed: bool,
+    /// Whether all was read back from the target and found to be what was opened.
+    pub verified: bool,
     /// Whether nothing was written, as asked.
     pub dry_run: bool,
     /// Seconds that it took.
@@ -180,14 +189,21 @@ pub async fn run(
     // Every window must be complete before the first byte is written; a disk of one window is planned once.
     let mut plans = Vec::new();
     let (mut data_bytes, mut fetch_bytes) = (0, 0);
+    let mut clusters = match request.format {
+        Format::Qcow2 => ClusterMap::new(point.disk_bytes),
+        _ => ClusterMap::default(),
+    };
     for window in 0..windows(&source) {
         let plan = plan_window(&source, window).await?;
         data_bytes += plan.data_bytes();
         fetch_bytes += plan.fetch_bytes();
+        plan.data().for_each(|(block, pages)| clusters.mark_pages(block, pages));
         if windows(&source) == 1 {
             plans.push(plan);
         }
     }
+    let image = Image::plan(request.format, point.disk_bytes, clusters, point.id, point.cut_time)
+        .map_err(RestoreError::from)?;
     let head = source.head();
     let mut report = RestoreReport {
         volume: header.volume.to_string(),
@@ -200,15 +216,18 @@ pub async fn run(
         head: head.id().to_string(),
         head_epoch: head.statement().epoch.0,
         to: request.to.display().to_string(),
+        format: request.format,
         bytes: point.disk_bytes,
         data_bytes,
         fetch_bytes,
         resumed: false,
+        verified: false,
         dry_run: request.dry_run,
         seconds: 0.0,
     };
     if !request.dry_run {
-        report.resumed = write(&source, request, plans, data_bytes).await?;
+        report.resumed = write(&source, request, image, plans, data_bytes).await?;
+        report.verified = request.verify;
     }
     report.seconds = started.elapsed().as_secs_f64();
     print(&report, request.json, out).map_err(OperatorError::Output)
@@ -218,18 +237,25 @@ pub async fn run(
 async fn write(
     source: &PointSource,
     request: &RestoreRequest,
+    image: Image,
     mut plans: Vec<Plan>,
     data_bytes: u64,
 ) -> Result<bool, OperatorError> {
     let point = &source.point;
     let volume = source.history.epochs[source.newest].close.statement().volume;
-    let wanted = RestoreState::new(volume, point.id, point.disk_bytes);
+    let wanted = RestoreState::new(volume, point.id, point.disk_bytes, request.format);
     let (target, mut state) =
-        Target::open(&request.to, &wanted, request.force, &request.state_dir).map_err(RestoreError::from)?;
+        Target::open(&request.to, &wanted, image, request.force, &request.state_dir).map_err(RestoreError::from)?;
     let resumed = state.window > 0 || state.done.contains(&true);
     let target = Arc::new(target);
     let progress = Arc::new(Progress::bytes("restore", Some(data_bytes)));
-    let budget = Budget::new(MemoryTable::new(request.budget_bytes).with("restore plan", PLAN_BYTES))?;
+    let checking =
+        Arc::new(if request.verify { Progress::bytes("verify", Some(data_bytes)) } else { Progress::hidden() });
+    let mut table = MemoryTable::new(request.budget_bytes).with("restore plan", PLAN_BYTES);
+    if request.format == Format::Qcow2 {
+        table = table.with("image layout", ClusterMap::memory_bytes(point.disk_bytes));
+    }
+    let budget = Budget::new(table)?;
     let fetcher = Arc::new(Fetcher::new(
         source.store.clone(),
         RecordOpener::new(Arc::clone(&source.history), source.data_key.clone()),
@@ -255,12 +281,29 @@ async fn write(
                 .map_err(|error| RestoreError::Fetch(FetchError::Worker(error.to_string())))?
                 .map_err(RestoreError::from)?;
         }
-        fetcher.run(&plan, &mut state).await.map_err(RestoreError::from)?;
+        let sums = request.verify.then(|| Arc::new(Sums::new(plan.records.len())));
+        fetcher.run(&plan, &mut state, sums.as_ref()).await.map_err(RestoreError::from)?;
+        if let Some(sums) = sums {
+            read_back(&fetcher, &plan, &mut state, &sums, &checking).await.map_err(RestoreError::from)?;
+        }
     }
     drop(fetcher);
+    if let Ok(checking) = Arc::try_unwrap(checking) {
+        checking.finish();
+    }
     let target =
         Arc::try_unwrap(target).map_err(|_| RestoreError::Fetch(FetchError::Worker("it still writes".into())))?;
-    let finished = tokio::task::spawn_blocking(move || target.finish()).await;
+    let verify = request.verify;
+    let finish = move || {
+        target.write_metadata()?;
+        if verify {
+            target.sync()?;
+            target.forget_cache();
+            target.check_metadata()?;
+        }
+        target.finish()
+    };
+    let finished = tokio::task::spawn_blocking(finish).await;
     finished
         .map_err(|error| RestoreError::Fetch(FetchError::Worker(error.to_string())))?
         .map_err(RestoreError::from)?;
@@ -268,6 +311,25 @@ async fn write(
         progress.finish();
     }
     Ok(resumed)
+}
+
+/// Compares a window with what the target holds. Where they differ, nothing of the window counts as done any more, and a device does
+/// not look finished.
+async fn read_back(
+    fetcher: &Arc<Fetcher>,
+    plan: &Arc<Plan>,
+    state: &mut RestoreState,
+    sums: &Arc<Sums>,
+    progress: &Arc<Progress>,
+) -> Result<(), FetchError> {
+    fetcher.save(state).await?;
+    let checked = readback::check(fetcher, plan, sums, progress).await;
+    if let Err(FetchError::Target(TargetError::ReadsBack { .. })) = &checked {
+        state.done.fill(false);
+        fetcher.target.unfinish()?;
+        fetcher.save(state).await?;
+    }
+    checked
 }
 
 fn print(report: &RestoreReport, json: bool, out: &mut (dyn std::io::Write + Send)) -> std::io::Result<()> {
@@ -293,10 +355,13 @@ fn print(report: &RestoreReport, json: bool, out: &mut (dyn std::io::Write + Sen
     }
     let rate = if report.seconds > 0.0 { report.bytes as f64 / report.seconds / 1e6 } else { 0.0 };
     let resumed = if report.resumed { ", resumed" } else { "" };
+    let verified = if report.verified { ", read back and compared" } else { "" };
     writeln!(
         out,
-        "restored {bytes} ({data} of data) to {} in {:.1} s, {rate:.0} MB/s{resumed}",
-        report.to, report.seconds
+        "restored {bytes} ({data} of data) to {} ({}) in {:.1} s, {rate:.0} MB/s{resumed}{verified}",
+        report.to,
+        report.format.as_str(),
+        report.seconds
     )
 }
 

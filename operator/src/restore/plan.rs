@@ -74,6 +74,14 @@ pub struct LiveRecord {
     pub tag: SealTag,
 }
 
+impl LiveRecord {
+    /// Where a page of its block lies on the disk.
+    #[must_use]
+    pub fn page_at(&self, page: u32) -> u64 {
+        u64::from(self.block) * BLOCK_BYTES as u64 + u64::from(page) * PAGE_BYTES as u64
+    }
+}
+
 /// One range of a segment to be fetched.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WorkItem {
@@ -229,6 +237,11 @@ impl Plan {
         let has_last = self.window.contains(&block) && self.data[(block - self.window.start) as usize].contains(page);
         let beyond = self.geometry.pages() * PAGE_BYTES as u64 - self.geometry.disk_bytes();
         pages * PAGE_BYTES as u64 - if has_last { beyond } else { 0 }
+    }
+
+    /// The blocks of the window, and which of their pages hold data.
+    pub fn data(&self) -> impl Iterator<Item = (u64, PageMask)> {
+        (self.window.start..).zip(self.data.iter().copied())
     }
 
     /// Bytes to be fetched.

@@ -1,8 +1,9 @@
 //! What an interrupted restore had finished, so that the next one goes on from there.
 //!
 //! One small file, replaced whole (temporary file, sync, rename, sync of the folder) after the data it speaks of is synced.
-//! Kept in an envelope with magic `BFRESTOR`. Body: volume 16, point 32, disk bytes 8, window 8, digest of that window's plan
-//! 32, item count 4, one bit for each item (1 = written), lowest first.
+//! Kept in an envelope with magic `BFRESTOR`. Body: volume 16, point 32, disk bytes 8, format 1, window 8, digest of that window's
+//! plan 32, item count 4, one bit for each item (1 = written), lowest first. Version 1 had no format and is not read: it is worth as
+//! much as no state.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
@@ -14,8 +15,10 @@ use common::format::envelope::Kind;
 use common::format::wire::{Reader, Writer};
 use common::ids::{CloseId, Digest, VolumeId};
 
+use super::image::Format;
+
 /// Envelope of a restore's state.
-pub const KIND: Kind = Kind { what: "restore state", magic: *b"BFRESTOR", version: 1, body_bytes_max: 4 << 20 };
+pub const KIND: Kind = Kind { what: "restore state", magic: *b"BFRESTOR", version: 2, body_bytes_max: 4 << 20 };
 const ITEMS_MAX: usize = 1 << 24;
 
 /// A restore's progress.
@@ -27,6 +30,8 @@ pub struct RestoreState {
     pub point: CloseId,
     /// Size of the disk in bytes.
     pub disk_bytes: u64,
+    /// What the target is written as.
+    pub format: Format,
     /// Number of the window that is being written; those before are done.
     pub window: u64,
     /// Names the plan whose items `done` counts.
@@ -38,14 +43,15 @@ pub struct RestoreState {
 impl RestoreState {
     /// A restore that has done nothing yet.
     #[must_use]
-    pub fn new(volume: VolumeId, point: CloseId, disk_bytes: u64) -> Self {
-        Self { volume, point, disk_bytes, window: 0, plan: Digest::ZERO, done: Vec::new() }
+    pub fn new(volume: VolumeId, point: CloseId, disk_bytes: u64, format: Format) -> Self {
+        Self { volume, point, disk_bytes, format, window: 0, plan: Digest::ZERO, done: Vec::new() }
     }
 
     /// True where both are about the same restore, however far.
     #[must_use]
     pub fn is_same_restore(&self, other: &Self) -> bool {
-        (self.volume, self.point, self.disk_bytes) == (other.volume, other.point, other.disk_bytes)
+        let restore = |state: &Self| (state.volume, state.point, state.disk_bytes, state.format);
+        restore(self) == restore(other)
     }
 
     /// Turns to a window's plan: what is done stays done if it is the plan that the state speaks of.
@@ -57,7 +63,8 @@ impl RestoreState {
 
     fn encode(&self) -> Vec<u8> {
         let mut body = Writer::with_capacity(128 + self.done.len() / 8);
-        body.raw(&self.volume.0).raw(&self.point.0).u64(self.disk_bytes).u64(self.window).raw(&self.plan.0);
+        body.raw(&self.volume.0).raw(&self.point.0).u64(self.disk_bytes).u8(self.format.number());
+        body.u64(self.window).raw(&self.plan.0);
         body.count(self.done.len());
         for bits in self.done.chunks(8) {
             body.u8(bits.iter().enumerate().fold(0, |byte, (bit, done)| byte | u8::from(*done) << bit));
@@ -66,11 +73,20 @@ impl RestoreState {
     }
 
     fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
-        let mut reader = Reader::new("restore state", KIND.open(bytes)?);
+        let body = KIND.open(bytes)?;
+        if bytes.get(8..10) != Some(KIND.version.to_le_bytes().as_slice()) {
+            return Err(FormatError::UnknownVersion { what: KIND.what, found: 1, known: KIND.version });
+        }
+        let mut reader = Reader::new("restore state", body);
+        let (volume, point, disk_bytes) = (VolumeId(reader.array()?), CloseId(reader.array()?), reader.u64()?);
+        let number = reader.u8()?;
+        let format =
+            Format::from_number(number).ok_or(FormatError::Invalid { what: "restore format", found: number.into() })?;
         let mut state = Self {
-            volume: VolumeId(reader.array()?),
-            point: CloseId(reader.array()?),
-            disk_bytes: reader.u64()?,
+            volume,
+            point,
+            disk_bytes,
+            format,
             window: reader.u64()?,
             plan: Digest(reader.array()?),
             done: Vec::new(),
@@ -142,7 +158,7 @@ mod tests {
     use super::*;
 
     fn state(items: usize) -> RestoreState {
-        let mut state = RestoreState::new(VolumeId::from_random([1; 16]), CloseId([2; 32]), 12_345);
+        let mut state = RestoreState::new(VolumeId::from_random([1; 16]), CloseId([2; 32]), 12_345, Format::Qcow2);
         state.enter(3, Digest([4; 32]), items);
         (0..items).step_by(3).for_each(|item| state.done[item] = true);
         state

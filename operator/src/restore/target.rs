@@ -1,8 +1,8 @@
-//! Where a restore writes: a new file, or a block device.
+//! Where a restore writes: a new file of some format, or a block device.
 //!
 //! A file is written under `TO.blockferry-partial` and renamed when all of it is there and synced; until then nothing has the
 //! name asked for. A device can't be renamed: its first block, without which nothing on it looks like a file system or a
-//! partition table, is zeroed first and written last.
+//! partition table, is zeroed first and written last. Where a page of the disk lies in a file, [`Image`] says.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -14,6 +14,7 @@ use common::units::ByteCount;
 use rustix::fs::{FallocateFlags, FlockOperation, RenameFlags};
 
 use super::device;
+use super::image::{Format, Image};
 use super::state::{RestoreState, sync_folder_of, with_suffix};
 
 /// Put behind a file's name while it is not complete.
@@ -67,6 +68,24 @@ pub enum TargetError {
         found: u64,
         /// The point's size.
         needed: u64,
+    },
+    /// A device can't hold a file format.
+    #[error("{path} is a block device, --format {} writes a file: name a new file, or restore raw", format.as_str())]
+    NotAFile {
+        /// Target.
+        path: PathBuf,
+        /// Format asked for.
+        format: Format,
+    },
+    /// What was read back is not what was written.
+    #[error(
+        "{path} does not hold what was written: it differs at byte {offset}; its disk or the way to it is faulty: restore to another one"
+    )]
+    ReadsBack {
+        /// The partial file or device.
+        path: PathBuf,
+        /// Place in it.
+        offset: u64,
     },
     /// A partial file that is not this restore's.
     #[error("{path} is left from another restore: remove it, or pass --force to start over")]
@@ -123,10 +142,11 @@ pub struct Target {
     file: File,
     state_path: PathBuf,
     disk_bytes: u64,
+    image: Image,
 }
 
 impl Target {
-    /// Opens `path` for the restore that `wanted` describes, and finds how far an earlier run of it came. Nothing of the target
+    /// Opens `path` for the restore that `wanted` describes, written as `image`, and finds how far an earlier run of it came. Nothing of the target
     /// is changed but that a partial file may be created. `state_dir` keeps the state of restores to devices.
     ///
     /// # Errors
@@ -134,16 +154,19 @@ impl Target {
     pub fn open(
         path: &Path,
         wanted: &RestoreState,
+        image: Image,
         force: bool,
         state_dir: &Path,
     ) -> Result<(Self, RestoreState), TargetError> {
         match std::fs::metadata(path) {
-            Ok(metadata) if metadata.file_type().is_block_device() => Self::open_device(path, wanted, force, state_dir),
+            Ok(metadata) if metadata.file_type().is_block_device() => {
+                Self::open_device(path, wanted, image, force, state_dir)
+            }
             Ok(metadata) if metadata.is_file() => {
                 if !force {
                     return Err(TargetError::Exists { path: path.into() });
                 }
-                Self::open_file(path, wanted, force)
+                Self::open_file(path, wanted, image, force)
             }
             Ok(metadata) => {
                 let what = if metadata.is_dir() { "a folder" } else { "neither a file nor a block device" };
@@ -151,13 +174,18 @@ impl Target {
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => match std::fs::symlink_metadata(path) {
                 Ok(_) => Err(TargetError::WrongKind { path: path.into(), what: "a symbolic link to nothing" }),
-                Err(_) => Self::open_file(path, wanted, force),
+                Err(_) => Self::open_file(path, wanted, image, force),
             },
             Err(error) => Err(failed("look at", path)(error)),
         }
     }
 
-    fn open_file(path: &Path, wanted: &RestoreState, force: bool) -> Result<(Self, RestoreState), TargetError> {
+    fn open_file(
+        path: &Path,
+        wanted: &RestoreState,
+        image: Image,
+        force: bool,
+    ) -> Result<(Self, RestoreState), TargetError> {
         let written = with_suffix(path, PARTIAL_SUFFIX);
         let state_path = with_suffix(&written, ".state");
         let left_over = std::fs::symlink_metadata(&written).is_ok();
@@ -178,17 +206,21 @@ impl Target {
                 wanted.clone()
             }
         };
-        file.set_len(wanted.disk_bytes).map_err(failed("size", &written))?;
+        file.set_len(image.file_bytes()).map_err(failed("size", &written))?;
         let (disk_bytes, kind) = (wanted.disk_bytes, Kind::File { replace: force });
-        Ok((Self { kind, path: path.into(), written, file, state_path, disk_bytes }, state))
+        Ok((Self { kind, path: path.into(), written, file, state_path, disk_bytes, image }, state))
     }
 
     fn open_device(
         path: &Path,
         wanted: &RestoreState,
+        image: Image,
         force: bool,
         state_dir: &Path,
     ) -> Result<(Self, RestoreState), TargetError> {
+        if image.format() != Format::Raw {
+            return Err(TargetError::NotAFile { path: path.into(), format: image.format() });
+        }
         if !force && let Some(by) = device::in_use(path).map_err(failed("look at", path))? {
             return Err(TargetError::InUse { path: path.into(), by });
         }
@@ -228,7 +260,8 @@ impl Target {
             return Err(TargetError::NotEmpty { path: path.into(), what });
         }
         let disk_bytes = wanted.disk_bytes;
-        let target = Self { kind: Kind::Device, path: path.into(), written: path.into(), file, state_path, disk_bytes };
+        let (kind, written) = (Kind::Device, path.into());
+        let target = Self { kind, path: path.into(), written, file, state_path, disk_bytes, image };
         let state = match earlier {
             Some(state) => state,
             None => {
@@ -247,15 +280,28 @@ impl Target {
         self.kind == Kind::Device
     }
 
-    /// Writes `bytes` at `offset`; what lies beyond the end of the disk is cut off.
+    /// Writes `bytes` at byte `offset` of the disk; what lies beyond its end is cut off. The bytes that are written.
     ///
     /// # Errors
     /// [`TargetError::NoSpace`], [`TargetError::Io`].
-    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<u64, TargetError> {
+    pub fn write<'a>(&self, offset: u64, bytes: &'a [u8]) -> Result<&'a [u8], TargetError> {
+        let written = self.on_disk(offset, bytes);
+        let mut done = 0;
+        while done < written.len() {
+            let (place, side_by_side) = self.image.place(offset + done as u64, (written.len() - done) as u64);
+            let end = done + usize::try_from(side_by_side).unwrap_or(usize::MAX);
+            let place = place.expect("every page of data that a plan has was planned in the image");
+            self.file.write_all_at(&written[done..end], place).map_err(failed("write to", &self.written))?;
+            done = end;
+        }
+        Ok(written)
+    }
+
+    /// As much of `bytes` at byte `offset` as the disk has.
+    #[must_use]
+    pub fn on_disk<'a>(&self, offset: u64, bytes: &'a [u8]) -> &'a [u8] {
         let room = usize::try_from(self.disk_bytes.saturating_sub(offset)).unwrap_or(usize::MAX);
-        let bytes = &bytes[..bytes.len().min(room)];
-        self.file.write_all_at(bytes, offset).map_err(failed("write to", &self.written))?;
-        Ok(bytes.len() as u64)
+        &bytes[..bytes.len().min(room)]
     }
 
     /// Makes `len` bytes at `offset` zero: by the device itself where it can, else by writing.
@@ -295,6 +341,121 @@ impl Target {
     /// [`TargetError::NoSpace`], [`TargetError::Io`].
     pub fn sync(&self) -> Result<(), TargetError> {
         self.file.sync_data().map_err(failed("sync", &self.written))
+    }
+
+    /// Writes what the image has beside the disk's data: headers and tables. Until then no file is one of its format.
+    ///
+    /// # Errors
+    /// [`TargetError::NoSpace`], [`TargetError::Io`].
+    pub fn write_metadata(&self) -> Result<(), TargetError> {
+        for (at, bytes) in self.image.metadata() {
+            self.file.write_all_at(&bytes, at).map_err(failed("write to", &self.written))?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of what the kernel remembers of the target, so that reading it back reads its disk. What is written must be synced.
+    pub fn forget_cache(&self) {
+        // A hint: where it is not taken, what is read back comes from memory.
+        if let Err(error) = rustix::fs::fadvise(&self.file, 0, None, rustix::fs::Advice::DontNeed) {
+            tracing::debug!(%error, "the page cache is not dropped before reading back");
+        }
+    }
+
+    /// Reads back from byte `offset` of the disk; zeros where the image keeps nothing.
+    ///
+    /// # Errors
+    /// [`TargetError::Io`].
+    pub fn read(&self, offset: u64, bytes: &mut [u8]) -> Result<(), TargetError> {
+        let mut done = 0;
+        while done < bytes.len() {
+            let (place, side_by_side) = self.image.place(offset + done as u64, (bytes.len() - done) as u64);
+            let end = done + usize::try_from(side_by_side).unwrap_or(usize::MAX);
+            match place {
+                Some(place) => self
+                    .file
+                    .read_exact_at(&mut bytes[done..end], place)
+                    .map_err(failed("read back from", &self.written))?,
+                None => bytes[done..end].fill(0),
+            }
+            done = end;
+        }
+        Ok(())
+    }
+
+    /// Checks that `len` bytes from byte `offset` of the disk on read as zeros. Holes of a file are not read.
+    ///
+    /// # Errors
+    /// [`TargetError::ReadsBack`], [`TargetError::Io`].
+    pub fn check_zeros(&self, offset: u64, len: u64) -> Result<(), TargetError> {
+        let mut at = offset;
+        while at < offset + len {
+            let (place, side_by_side) = self.image.place(at, offset + len - at);
+            if let Some(place) = place {
+                self.check_file_zeros(place, side_by_side)?;
+            }
+            at += side_by_side;
+        }
+        Ok(())
+    }
+
+    fn check_file_zeros(&self, start: u64, len: u64) -> Result<(), TargetError> {
+        let mut at = start;
+        while at < start + len {
+            if self.kind != Kind::Device {
+                match rustix::fs::seek(&self.file, rustix::fs::SeekFrom::Data(at)) {
+                    Ok(data) => at = data,
+                    // No data behind this place.
+                    Err(rustix::io::Errno::NXIO) => return Ok(()),
+                    // A file system that can't say: read it.
+                    Err(_) => {}
+                }
+                if at >= start + len {
+                    return Ok(());
+                }
+            }
+            let part = (start + len - at).min(ZEROS_BYTES as u64);
+            let found =
+                device::first_non_zero(&self.file, at, part).map_err(failed("read back from", &self.written))?;
+            if let Some(offset) = found {
+                return Err(TargetError::ReadsBack { path: self.written.clone(), offset });
+            }
+            at += part;
+        }
+        Ok(())
+    }
+
+    /// Checks that headers and tables are what [`Self::write_metadata`] wrote.
+    ///
+    /// # Errors
+    /// [`TargetError::ReadsBack`], [`TargetError::Io`].
+    pub fn check_metadata(&self) -> Result<(), TargetError> {
+        for (at, expected) in self.image.metadata() {
+            let mut found = vec![0; expected.len()];
+            self.file.read_exact_at(&mut found, at).map_err(failed("read back from", &self.written))?;
+            if found != expected {
+                return Err(self.differs(at));
+            }
+        }
+        Ok(())
+    }
+
+    /// The error that says that what was read back from byte `offset` is not what was written.
+    #[must_use]
+    pub fn differs(&self, offset: u64) -> TargetError {
+        TargetError::ReadsBack { path: self.written.clone(), offset }
+    }
+
+    /// Takes back what makes a device look finished: its first block.
+    ///
+    /// # Errors
+    /// [`TargetError::Io`].
+    pub fn unfinish(&self) -> Result<(), TargetError> {
+        if self.kind == Kind::Device {
+            self.write_zeros(0, self.disk_bytes.min(BLOCK_BYTES as u64))?;
+            self.sync()?;
+        }
+        Ok(())
     }
 
     /// Records durably how far the restore came. All that it says must be synced before.

@@ -11,6 +11,8 @@ use proptest::prelude::*;
 use super::*;
 use crate::testing::{World, wanted};
 
+mod formats;
+
 const DISK: usize = 5 * 262_144 + 3 * 4096 + 777;
 
 async fn restore(world: &World, request: &RestoreRequest) -> Result<serde_json::Value, OperatorError> {
