@@ -3,5 +3,6 @@
 //! [`store`] is the one way to objects, local or in a cloud. Everything else here reads and writes through it.
 
 pub mod fleet;
+pub mod retention;
 pub mod store;
 pub mod volume;
