@@ -11,6 +11,7 @@ use common::ops::logging::LoggingError;
 use crate::epochs::EpochError;
 use crate::keys::KeyError;
 use crate::restore::RestoreError;
+use crate::restore::fetch::FetchError;
 use crate::restore::target::TargetError;
 use crate::select::SelectError;
 use crate::serve::ServeError;
@@ -69,6 +70,23 @@ pub enum OperatorError {
 }
 
 impl OperatorError {
+    /// Paths of the objects that the store lacks, or has in another state than they were written in; none where that is not what is
+    /// wrong.
+    #[must_use]
+    pub fn bad_objects(&self) -> Vec<String> {
+        let one = |path: Option<&str>| path.map(str::to_owned).into_iter().collect();
+        match self {
+            Self::Log(error) => one(error.bad_object()),
+            Self::Epoch(EpochError::Segment(error)) => one(error.bad_object()),
+            Self::Epoch(EpochError::NotProven { suspects, .. }) => suspects.split(", ").map(str::to_owned).collect(),
+            Self::Restore(RestoreError::Fetch(FetchError::Store(
+                StoreError::NotFound { path } | StoreError::Truncated { path, .. },
+            ))) => vec![path.clone()],
+            Self::Restore(RestoreError::Fetch(FetchError::Open(error))) => one(error.bad_object()),
+            _ => Vec::new(),
+        }
+    }
+
     /// The exit code that scripts see.
     #[must_use]
     pub fn exit(&self) -> ExitCode {

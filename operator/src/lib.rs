@@ -6,6 +6,7 @@
 pub mod cli;
 pub mod epochs;
 pub mod error;
+pub mod intact;
 pub mod keys;
 pub mod open;
 pub mod point;

@@ -54,6 +54,17 @@ pub enum OpenError {
     Opener(SealError),
 }
 
+impl OpenError {
+    /// The path of the segment whose record is not what it has to be.
+    #[must_use]
+    pub fn bad_object(&self) -> Option<&str> {
+        match self {
+            Self::Damaged { path, .. } | Self::Replaced { path, .. } | Self::Sealed { path, .. } => Some(path),
+            Self::Opener(_) => None,
+        }
+    }
+}
+
 impl Dispose for OpenError {
     fn disposition(&self) -> Disposition {
         match self {

@@ -18,10 +18,12 @@ use futures::StreamExt as _;
 
 use crate::epochs::{self, EpochError};
 use crate::error::OperatorError;
+use crate::intact;
 use crate::keys::ReadKeyFile;
 use crate::restore::RestoreError;
 use crate::restore::plan::{Plan, Planner};
 use crate::select::PointWanted;
+use crate::verify::tell_intact;
 
 /// Epochs whose metadata is read ahead.
 const EPOCHS_AHEAD: usize = 4;
@@ -48,7 +50,8 @@ pub struct PointSource {
 }
 
 impl PointSource {
-    /// Finds the volume, reads and checks its whole log, chooses the point, and opens the data key: a wrong key ends here.
+    /// Finds the volume, opens its data key (a wrong key ends here), reads and checks its log, and chooses the point. Behind damage of
+    /// the log there are no points; of those before, only one that is named by its id is taken.
     ///
     /// # Errors
     /// [`OperatorError`].
@@ -60,13 +63,49 @@ impl PointSource {
     ) -> Result<Self, OperatorError> {
         let key_file = ReadKeyFile::read(key_file)?;
         let header = header::find(store, volume).await?.header;
-        let volume = header::full_name(&header);
-        let history = Arc::new(History::read(store, &header).await?);
-        let point = point.choose(&volume, &history.points())?;
         let data_key = key_file.unlock(&header)?;
-        let newest = history.find(point.id).expect("the point was listed from this history");
-        let geometry = Geometry::new(point.disk_bytes).expect("a decoded close has a disk size within limits");
-        Ok(Self { store: store.clone(), header, volume, history, point, newest, geometry, data_key })
+        let volume = header::full_name(&header);
+        let (history, bad) = History::read_whole_part(store, &header).await?;
+        let history = Arc::new(history);
+        let points = history.points();
+        let at = |point: PointSummary| {
+            let newest = history.find(point.id).expect("the point was listed from this history");
+            let geometry = Geometry::new(point.disk_bytes).expect("a decoded close has a disk size within limits");
+            let (store, header, volume) = (store.clone(), header.clone(), volume.clone());
+            Self {
+                store,
+                header,
+                volume,
+                history: Arc::clone(&history),
+                point,
+                newest,
+                geometry,
+                data_key: data_key.clone(),
+            }
+        };
+        let Some(bad) = bad else { return Ok(at(point.choose(&volume, &points)?)) };
+        // Whoever names a point by its id means that one; all others may mean one that the log has lost.
+        if matches!(point, PointWanted::Id(_) | PointWanted::Group(_))
+            && let Ok(point) = point.choose(&volume, &points)
+        {
+            tracing::warn!(error = %bad, "the log is damaged behind this point: newer history is not seen");
+            return Ok(at(point));
+        }
+        let offer = match points.last() {
+            Some(last) => intact::offer(&at(*last), None, &[]).await,
+            None => tell_intact(None),
+        };
+        Err(RestoreError::Damaged { source: Box::new(bad.into()), offer }.into())
+    }
+
+    /// The same volume at another of its points.
+    #[must_use]
+    pub fn at(&self, point: PointSummary) -> Option<Self> {
+        let newest = self.history.find(point.id)?;
+        let geometry = Geometry::new(point.disk_bytes)?;
+        let (store, header, volume) = (self.store.clone(), self.header.clone(), self.volume.clone());
+        let (history, data_key) = (Arc::clone(&self.history), self.data_key.clone());
+        Some(Self { store, header, volume, history, point, newest, geometry, data_key })
     }
 
     /// The log's newest close when it was read.

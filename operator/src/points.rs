@@ -5,6 +5,7 @@ use std::io::Write;
 use catalog::store::Store;
 use catalog::volume::header;
 use catalog::volume::history::History;
+use catalog::volume::proofs::{self, Proof, Proofs};
 use common::format::checkpoint::PointSummary;
 use common::format::volume_header::VolumeHeader;
 use common::ids::GroupId;
@@ -39,13 +40,16 @@ pub struct PointRow {
     pub group: Option<String>,
     /// The instant at which they were cut together, which `restore --machine` takes; null for none.
     pub group_point: Option<String>,
-    /// What proves it: `signed` says that its close, and every close before it, carries the signature of the volume's key and
-    /// names its parent. Points that lack this are never listed.
+    /// The strongest proof that was given of it: `committed` (its close, and every close before it, carries the signature of the
+    /// volume's key and names its parent; points that lack this are never listed), `verified`, `opened`, `checked`, `booted`.
     pub proof: &'static str,
+    /// When that proof was given, RFC 3339 in UTC; null for `committed`.
+    pub proof_time: Option<String>,
 }
 
 impl PointRow {
-    fn new(header: &VolumeHeader, history: &History, point: &PointSummary) -> Self {
+    fn new(header: &VolumeHeader, history: &History, proofs: &Proofs, point: &PointSummary) -> Self {
+        let proven = proofs.of(point.id);
         let close = history.find(point.id).map(|at| history.epochs[at].close.statement());
         let named = |id: GroupId| (!id.is_nil()).then(|| id.to_string());
         Self {
@@ -59,15 +63,16 @@ impl PointRow {
             committed: point.committed.to_string(),
             group: close.and_then(|close| named(close.group)),
             group_point: named(point.group_point),
-            proof: "signed",
+            proof: proven.map_or(Proof::Committed, |(proof, _)| proof).as_str(),
+            proof_time: proven.map(|(_, at)| at.to_string()),
         }
     }
 }
 
-/// Lists the points of `volume`, or of all volumes, oldest first.
+/// Lists the points of `volume`, or of all volumes, oldest first. Of a log that is damaged, the points before the damage.
 ///
 /// # Errors
-/// [`OperatorError`], also where any log is damaged.
+/// [`OperatorError`], also where any log is damaged, after the others were listed.
 pub async fn run(
     store: &Store,
     volume: Option<&str>,
@@ -84,14 +89,22 @@ pub async fn run(
             headers
         }
     };
-    let mut points = Vec::new();
+    let (mut points, mut damaged) = (Vec::new(), None);
     for header in &headers {
-        let history = History::read(store, header).await?;
+        let (history, bad) = History::read_whole_part(store, header).await?;
+        damaged = damaged.or(bad);
+        let proofs = match proofs::read(store, header.volume).await {
+            Ok(proofs) => proofs,
+            Err(error) => {
+                tracing::warn!(%error, "what was proven of these points is not known");
+                Proofs::none(header.volume)
+            }
+        };
         points.extend(
             history
                 .points()
                 .into_iter()
-                .map(|point| (point.cut_time, point.epoch, PointRow::new(header, &history, &point))),
+                .map(|point| (point.cut_time, point.epoch, PointRow::new(header, &history, &proofs, &point))),
         );
     }
     // A volume's own order is that of its epochs; several are interleaved by time.
@@ -99,7 +112,8 @@ pub async fn run(
         points.sort_by_key(|(time, epoch, _)| (*time, *epoch));
     }
     let rows: Vec<PointRow> = points.into_iter().map(|(_, _, row)| row).collect();
-    print(&rows, json, out).map_err(OperatorError::Output)
+    print(&rows, json, out).map_err(OperatorError::Output)?;
+    damaged.map_or(Ok(()), |error| Err(error.into()))
 }
 
 fn print(rows: &[PointRow], json: bool, out: &mut (dyn Write + Send)) -> std::io::Result<()> {

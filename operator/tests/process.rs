@@ -130,6 +130,7 @@ fn points_prints_the_rows_that_scripts_rely_on() {
         "id",
         "machine",
         "proof",
+        "proof_time",
         "time",
         "volume",
     ];

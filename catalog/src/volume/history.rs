@@ -55,6 +55,26 @@ impl History {
         Ok(history)
     }
 
+    /// As much of the log of `header`'s volume as is whole: all before the first entry that is missing, damaged or replaced, and what is
+    /// wrong with that one.
+    ///
+    /// # Errors
+    /// [`LogError`] where the store failed, which says nothing of the log.
+    pub async fn read_whole_part(store: &Store, header: &VolumeHeader) -> Result<(Self, Option<LogError>), LogError> {
+        let mut reader = LogReader::open(store, header, LogPosition::default()).await?;
+        let mut history = Self::default();
+        let bad = loop {
+            match reader.next().await {
+                Ok(Some(ReadEntry { entry, .. })) => history.push(&entry),
+                Ok(None) => break None,
+                Err(error) if error.bad_object().is_some() => break Some(error),
+                Err(error) => return Err(error),
+            }
+        };
+        history.position = reader.position().clone();
+        Ok((history, bad))
+    }
+
     /// Adds an entry that follows the ones before. Does not move [`Self::position`].
     pub fn push(&mut self, entry: &LogEntry) {
         let places: Vec<u32> = entry.segments.iter().map(|segment| self.place(segment)).collect();

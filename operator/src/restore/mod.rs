@@ -25,6 +25,7 @@ use common::ops::progress::Progress;
 use common::units::ByteCount;
 
 use crate::error::OperatorError;
+use crate::intact;
 use crate::open::RecordOpener;
 use crate::point::PointSource;
 use crate::select::PointWanted;
@@ -55,6 +56,14 @@ pub enum RestoreError {
     /// The target.
     #[error(transparent)]
     Target(#[from] TargetError),
+    /// The store lacks what the point needs.
+    #[error("{source}; {offer}")]
+    Damaged {
+        /// What is wrong, and with which object.
+        source: Box<OperatorError>,
+        /// What to restore instead.
+        offer: String,
+    },
     /// No volume of that machine.
     #[error("the store has no volume of machine {machine}: run `blockferry volume list` to see all")]
     NoMachine {
@@ -87,6 +96,7 @@ impl Dispose for RestoreError {
         match self {
             Self::Plan { source, .. } => source.disposition(),
             Self::Fetch(error) => error.disposition(),
+            Self::Damaged { source, .. } => source.disposition(),
             Self::Target(_)
             | Self::NoMachine { .. }
             | Self::NoGroupPoint { .. }
@@ -182,8 +192,25 @@ pub async fn run(
     request: &RestoreRequest,
     out: &mut (dyn std::io::Write + Send),
 ) -> Result<(), OperatorError> {
-    let started = Instant::now();
     let source = PointSource::open(store, &request.volume, &request.point, &request.key_file).await?;
+    let restored = restore(&source, request, out).await;
+    if let Err(error) = &restored {
+        let bad = error.bad_objects();
+        if !bad.is_empty() {
+            let offer = intact::offer(&source, Some(source.point.id), &bad).await;
+            return restored.map_err(|source| RestoreError::Damaged { source: Box::new(source), offer }.into());
+        }
+    }
+    restored
+}
+
+/// Restores a point that was chosen.
+async fn restore(
+    source: &PointSource,
+    request: &RestoreRequest,
+    out: &mut (dyn std::io::Write + Send),
+) -> Result<(), OperatorError> {
+    let started = Instant::now();
     let (header, point) = (&source.header, &source.point);
 
     // Every window must be complete before the first byte is written; a disk of one window is planned once.
@@ -193,12 +220,12 @@ pub async fn run(
         Format::Qcow2 => ClusterMap::new(point.disk_bytes),
         _ => ClusterMap::default(),
     };
-    for window in 0..windows(&source) {
-        let plan = plan_window(&source, window).await?;
+    for window in 0..windows(source) {
+        let plan = plan_window(source, window).await?;
         data_bytes += plan.data_bytes();
         fetch_bytes += plan.fetch_bytes();
         plan.data().for_each(|(block, pages)| clusters.mark_pages(block, pages));
-        if windows(&source) == 1 {
+        if windows(source) == 1 {
             plans.push(plan);
         }
     }
@@ -226,7 +253,7 @@ pub async fn run(
         seconds: 0.0,
     };
     if !request.dry_run {
-        report.resumed = write(&source, request, image, plans, data_bytes).await?;
+        report.resumed = write(source, request, image, plans, data_bytes).await?;
         report.verified = request.verify;
     }
     report.seconds = started.elapsed().as_secs_f64();

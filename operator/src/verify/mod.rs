@@ -14,7 +14,11 @@ use std::time::Instant;
 
 use catalog::store::Store;
 use catalog::volume::header;
-use common::format::close::Close;
+use catalog::volume::proofs::{self, Proof};
+use common::clock::Clock;
+use common::format::checkpoint::PointSummary;
+use common::format::close::{Close, Consistency};
+use common::format::volume_header::VolumeHeader;
 use common::ids::CloseId;
 use common::units::ByteCount;
 
@@ -30,7 +34,7 @@ const NAMED_MAX: usize = 8;
 pub enum VerifyError {
     /// Objects that are missing, damaged, replaced or can't be read.
     #[error(
-        "{count} bad object(s) of volume {volume}: {paths}; bring them back from another copy of the store, points that need them don't restore"
+        "{count} bad object(s) of volume {volume}: {paths}; {intact}; bring them back from another copy of the store, points that need them don't restore"
     )]
     Bad {
         /// `MACHINE/NAME`.
@@ -39,6 +43,8 @@ pub enum VerifyError {
         count: usize,
         /// Their paths, up to a bound.
         paths: String,
+        /// Which point is not touched by that.
+        intact: String,
     },
     /// The log does not hold the close that was expected.
     #[error(
@@ -105,6 +111,11 @@ pub struct VerifyReport {
     pub records_opened: u64,
     /// Points that are whole.
     pub points: u64,
+    /// The newest point that is whole, and not fuzzy where there is one that is not.
+    pub newest_intact: Option<String>,
+    /// All points that are whole, oldest first.
+    #[serde(skip)]
+    intact: Vec<PointSummary>,
     /// Segments that no log entry refers to; they are no part of any point.
     pub unreferenced: u64,
     /// Bad objects, in the order they were found.
@@ -172,6 +183,10 @@ pub async fn run(store: &Store, request: &VerifyRequest, out: &mut (dyn Write + 
     objects::check_volume_folder(store, header, &history, &mut report).await?;
     let whole = request.point.is_none();
     segments::check(store, &history, newest, whole, data_key.as_ref(), request.budget_bytes, &mut report).await?;
+    report.newest_intact = newest_intact(&report.intact).map(|point| point.id.to_string());
+    let proof = if data_key.is_some() { Proof::Opened } else { Proof::Verified };
+    let proven: Vec<(CloseId, Proof)> = report.intact.iter().map(|point| (point.id, proof)).collect();
+    record(store, header, &history.points(), &proven).await;
     report.seconds = started.elapsed().as_secs_f64();
     print(&report, request, out).map_err(OperatorError::Output)?;
     if !report.bad.is_empty() {
@@ -185,13 +200,44 @@ pub async fn run(store: &Store, request: &VerifyRequest, out: &mut (dyn Write + 
     Ok(())
 }
 
+/// Records proofs where the store may be written; else says why not, which takes nothing from what was proven.
+pub(crate) async fn record(store: &Store, header: &VolumeHeader, points: &[PointSummary], proven: &[(CloseId, Proof)]) {
+    if proven.is_empty() {
+        return;
+    }
+    let offered = points.iter().map(|point| point.id).collect();
+    if let Err(error) = proofs::raise(store, header.volume, proven, Clock::System.now(), &offered).await {
+        tracing::warn!(%error, "what was proven is not recorded in the store");
+    }
+}
+
+/// The newest that is not fuzzy, else the newest. PURE.
+fn newest_intact(points: &[PointSummary]) -> Option<&PointSummary> {
+    points.iter().rfind(|point| point.consistency != Consistency::Fuzzy).or_else(|| points.last())
+}
+
+/// `newest intact point: ID (epoch 7, TIME, crash consistent)`.
+pub(crate) fn tell_intact(point: Option<&PointSummary>) -> String {
+    match point {
+        Some(point) => format!(
+            "newest intact point: {} (epoch {}, {}, {} consistent)",
+            point.id,
+            point.epoch,
+            point.cut_time,
+            point.consistency.as_str()
+        ),
+        None => "no intact point is known".to_owned(),
+    }
+}
+
 fn failed(report: &VerifyReport, volume: &str) -> VerifyError {
     let mut paths: Vec<&str> = report.bad.iter().take(NAMED_MAX).map(|bad| bad.path.as_str()).collect();
     let more = format!("and {} more, listed above", report.bad.len().saturating_sub(NAMED_MAX));
     if report.bad.len() > NAMED_MAX {
         paths.push(&more);
     }
-    VerifyError::Bad { volume: volume.to_owned(), count: report.bad.len(), paths: paths.join(", ") }
+    let intact = tell_intact(newest_intact(&report.intact));
+    VerifyError::Bad { volume: volume.to_owned(), count: report.bad.len(), paths: paths.join(", "), intact }
 }
 
 fn print(report: &VerifyReport, request: &VerifyRequest, out: &mut (dyn Write + Send)) -> std::io::Result<()> {
@@ -223,7 +269,7 @@ fn print(report: &VerifyReport, request: &VerifyRequest, out: &mut (dyn Write + 
         )?;
     }
     let verdict = if report.bad.is_empty() { "good" } else { "BAD" };
-    writeln!(out, "points   {} whole", report.points)?;
+    writeln!(out, "points   {} whole; {}", report.points, tell_intact(newest_intact(&report.intact)))?;
     writeln!(out, "result   {verdict}")
 }
 

@@ -7,6 +7,7 @@ use catalog::store::{Store, StoreError};
 use catalog::volume::checkpoint::check_fit;
 use catalog::volume::history::History;
 use catalog::volume::paths;
+use catalog::volume::proofs::Proofs;
 use common::format::FormatError;
 use common::format::checkpoint::CheckpointHead;
 use common::format::envelope::{HEAD_BYTES, OVERHEAD_BYTES};
@@ -132,10 +133,29 @@ pub(super) async fn check_volume_folder(
             Err(error) => return Err(error.into()),
         }
     }
+    check_proofs(store, header, report).await?;
     let referenced: HashSet<&str> = history.segments.iter().map(|segment| segment.path.as_str()).collect();
     let mut segments = store.list_stream(&paths::segment_folder(header.volume))?;
     while let Some(meta) = segments.next().await {
         report.unreferenced += u64::from(!referenced.contains(meta?.path.as_str()));
+    }
+    Ok(())
+}
+
+/// Checks the note of what was proven earlier.
+async fn check_proofs(store: &Store, header: &VolumeHeader, report: &mut VerifyReport) -> Result<(), OperatorError> {
+    let path = paths::proofs(header.volume);
+    match store.get(&path).await {
+        Ok(bytes) => {
+            report.read(bytes.len() as u64);
+            match Proofs::decode(&bytes) {
+                Ok(proofs) if proofs.volume == header.volume => {}
+                Ok(_) => report.bad(path, "it is of another volume"),
+                Err(error) => report.bad(path, &error),
+            }
+        }
+        Err(error) if error.is_not_found() => {}
+        Err(error) => report.bad(path, &error),
     }
     Ok(())
 }

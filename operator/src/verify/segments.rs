@@ -2,7 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "a chunk of at most some 4 MiB")]
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytes::Bytes;
@@ -10,6 +10,7 @@ use catalog::store::Store;
 use catalog::volume::history::History;
 use catalog::volume::segment::{self, SegmentError};
 use common::budget::{Budget, BudgetError, MemoryTable};
+use common::format::checkpoint::PointSummary;
 use common::format::log::SegmentRef;
 use common::format::record::Record;
 use common::format::segment::{PREAMBLE_BYTES, SegmentGroup, SegmentIndex, check_preamble};
@@ -116,15 +117,16 @@ pub(super) async fn check(
             report.read(scan.bytes);
             if let Some(what) = scan.bad {
                 report.bad(history.segments[scan.place as usize].path.clone(), what);
+                coverage.bad_segments.insert(scan.place);
             }
             scanned.insert(scan.place, scan.index.is_some());
             indexes.extend(scan.index.map(|index| (scan.place, index)));
         }
         if epoch.segments.iter().all(|place| indexes.contains_key(place)) {
             match epochs::gather(history, epoch, &indexes) {
-                Ok(records) => coverage.add(history, at, &records, whole || at + 1 == newest, report),
+                Ok(records) => coverage.add(history, at, &records, report),
                 Err(EpochError::NotProven { what, .. }) => {
-                    coverage.broken = true;
+                    coverage.lose_all(history, at);
                     for &place in &epoch.segments {
                         let statement = epoch.close.statement();
                         let path = history.segments[place as usize].path.clone();
@@ -134,8 +136,9 @@ pub(super) async fn check(
                 Err(error) => return Err(error.into()),
             }
         } else {
-            coverage.broken = true;
+            coverage.lose_all(history, at);
         }
+        coverage.judge(history, at, whole || at + 1 == newest, report);
         for place in &epoch.segments {
             let uses = uses.entry(*place).or_insert(0);
             *uses = uses.saturating_sub(1);
@@ -147,37 +150,63 @@ pub(super) async fn check(
     Ok(())
 }
 
-/// Which pages of the disk the epochs so far have set.
+/// Which pages of the disk the epochs so far have set, and which of them can't be had.
 #[derive(Default)]
 struct Coverage {
     incarnation: Option<Incarnation>,
     covered: Vec<PageMask>,
     missing: u64,
-    /// An epoch's metadata could not be read, so nothing can be said of later points.
+    /// Pages whose newest record lies in a bad segment, or may have been in an epoch whose metadata can't be read.
+    lost: Vec<PageMask>,
+    lost_pages: u64,
+    bad_segments: HashSet<u32>,
+    /// A log entry is missing, so nothing can be said of later points.
     broken: bool,
 }
 
 impl Coverage {
-    fn add(&mut self, history: &History, at: usize, records: &[Placed], judge: bool, report: &mut VerifyReport) {
+    /// Turns to an epoch: its disk may be another one than before.
+    fn enter(&mut self, history: &History, at: usize) -> Geometry {
         let statement = history.epochs[at].close.statement();
         let geometry = Geometry::new(statement.disk_bytes).expect("a decoded close has a disk size within limits");
         if self.incarnation != Some(statement.incarnation) {
             self.incarnation = Some(statement.incarnation);
-            self.covered.resize(usize::try_from(geometry.blocks()).unwrap_or(0), PageMask::EMPTY);
-            let covered = (0..).zip(&mut self.covered).map(|(block, covered)| {
-                *covered = covered.and(geometry.pages_of(BlockIndex(block)));
-                u64::from(covered.count())
-            });
-            self.missing = geometry.pages() - covered.sum::<u64>();
+            let blocks = usize::try_from(geometry.blocks()).unwrap_or(0);
+            let fit = |masks: &mut Vec<PageMask>| {
+                masks.resize(blocks, PageMask::EMPTY);
+                let pages = (0..).zip(masks).map(|(block, mask)| {
+                    *mask = mask.and(geometry.pages_of(BlockIndex(block)));
+                    u64::from(mask.count())
+                });
+                pages.sum::<u64>()
+            };
+            self.missing = geometry.pages() - fit(&mut self.covered);
+            self.lost_pages = fit(&mut self.lost);
         }
         // Behind a lost log entry nobody knows what was sent.
         let before = at.checked_sub(1).map_or(CloseId::ZERO, |before| history.epochs[before].close.id());
         self.broken |= statement.parent != before;
+        geometry
+    }
+
+    /// Any page may have been in this epoch.
+    fn lose_all(&mut self, history: &History, at: usize) {
+        let geometry = self.enter(history, at);
+        (0..).zip(&mut self.lost).for_each(|(block, lost)| *lost = geometry.pages_of(BlockIndex(block)));
+        self.lost_pages = geometry.pages();
+    }
+
+    fn add(&mut self, history: &History, at: usize, records: &[Placed], report: &mut VerifyReport) {
+        let geometry = self.enter(history, at);
         for (place, entry) in records {
+            // The metadata is proven, so what it calls zero is zero, whatever became of the segment.
+            let gone = if self.bad_segments.contains(place) { entry.meta.data_mask } else { PageMask::EMPTY };
             for block in entry.meta.block.0..entry.meta.block.0.saturating_add(entry.meta.block_count.into()) {
                 let pages = entry.meta.pages();
                 let fits = pages.without(geometry.pages_of(BlockIndex(block))).is_empty();
-                let Some(covered) = self.covered.get_mut(usize::try_from(block).unwrap_or(usize::MAX)).filter(|_| fits)
+                let number = usize::try_from(block).unwrap_or(usize::MAX);
+                let (Some(covered), Some(lost)) =
+                    (self.covered.get_mut(number).filter(|_| fits), self.lost.get_mut(number))
                 else {
                     let path = history.segments[*place as usize].path.clone();
                     report.bad(path, format!("it has a record for block {block}, beyond the end of the disk"));
@@ -185,19 +214,38 @@ impl Coverage {
                 };
                 self.missing -= u64::from(pages.without(*covered).count());
                 *covered = covered.or(pages);
+                let now = lost.without(pages).or(gone);
+                self.lost_pages = self.lost_pages + u64::from(now.count()) - u64::from(lost.count());
+                *lost = now;
             }
         }
-        if statement.point.is_some() && judge && !self.broken {
-            if self.missing == 0 {
-                report.points += 1;
-            } else {
-                let path = catalog::volume::paths::log_entry(statement.volume, history.epochs[at].seq);
-                let missing = self.missing;
-                report.bad(
-                    path,
-                    format!("it commits a point at epoch {} of which {missing} pages were never sent", statement.epoch),
-                );
-            }
+    }
+
+    /// Says of the epoch's point, if it asserts one, whether it is whole; counts it where it is `asked` for.
+    fn judge(&self, history: &History, at: usize, asked: bool, report: &mut VerifyReport) {
+        let epoch = &history.epochs[at];
+        let statement = epoch.close.statement();
+        let Some(consistency) = statement.point.filter(|_| !self.broken && self.lost_pages == 0) else { return };
+        if self.missing == 0 {
+            report.points += u64::from(asked);
+            report.intact.push(PointSummary {
+                id: epoch.close.id(),
+                incarnation: statement.incarnation,
+                epoch: statement.epoch,
+                cut_time: statement.cut_time,
+                consistency,
+                disk_bytes: statement.disk_bytes,
+                new_bytes: statement.record_bytes,
+                committed: epoch.written,
+                group_point: statement.group_point,
+            });
+        } else if asked {
+            let path = catalog::volume::paths::log_entry(statement.volume, epoch.seq);
+            let missing = self.missing;
+            report.bad(
+                path,
+                format!("it commits a point at epoch {} of which {missing} pages were never sent", statement.epoch),
+            );
         }
     }
 }

@@ -169,3 +169,137 @@ async fn the_wrong_key_is_an_error_of_its_own() {
     std::fs::write(request.key_file.as_ref().expect("a key"), other.encode().as_bytes()).expect("writable");
     assert!(matches!(verify(&world, &request).await, Err(OperatorError::Key(_))));
 }
+
+/// A world of three points; the whole log as it was.
+async fn three() -> (World, FixtureVolume, Vec<common::ids::CloseId>) {
+    let world = World::new().await;
+    let mut volume = FixtureVolume::create(&world.store, "web", "root", DISK as u64).await;
+    let mut content = image(DISK, 1);
+    let mut points = Vec::new();
+    for seed in 2..5 {
+        points.push(volume.capture(&content, Some(Consistency::Crash)).await.id());
+        content = change(&content, 3, seed);
+    }
+    (world, volume, points)
+}
+
+/// What `points --json` says of each point.
+async fn proofs_of(world: &World) -> (Vec<(String, bool)>, Option<String>) {
+    let mut out = Vec::new();
+    let error = crate::points::run(&world.store, None, true, &mut out).await.err().map(|error| error.to_string());
+    let rows: Vec<serde_json::Value> = serde_json::from_slice(&out).expect("an array");
+    let proof =
+        |row: &serde_json::Value| (row["proof"].as_str().expect("a word").to_owned(), row["proof_time"].is_string());
+    (rows.iter().map(proof).collect(), error)
+}
+
+#[tokio::test]
+async fn what_was_proven_of_a_point_is_remembered_and_shown() {
+    let (world, volume, _) = three().await;
+    let all = |word: &str, timed| vec![(word.to_owned(), timed); 3];
+    assert_eq!(proofs_of(&world).await, (all("committed", false), None));
+    verify(&world, &world.verify_request(&volume, false)).await.expect("good");
+    assert_eq!(proofs_of(&world).await, (all("verified", true), None));
+    verify(&world, &world.verify_request(&volume, true)).await.expect("good");
+    assert_eq!(proofs_of(&world).await, (all("opened", true), None));
+    // A weaker proof takes nothing away.
+    verify(&world, &world.verify_request(&volume, false)).await.expect("good");
+    assert_eq!(proofs_of(&world).await, (all("opened", true), None));
+    // Damage of the note is named, and hinders nobody from seeing the points.
+    let path = paths::proofs(volume.header.volume);
+    world.store.put_new(&path, bytes::Bytes::from_static(b"rubbish")).await.expect("written");
+    let error = verify(&world, &world.verify_request(&volume, false)).await.expect_err("damaged").to_string();
+    assert!(error.contains(&path), "{error}");
+    assert_eq!(proofs_of(&world).await, (all("committed", false), None));
+}
+
+#[tokio::test]
+async fn only_points_that_are_intact_are_proven_and_the_newest_of_them_is_told() {
+    let (world, volume, points) = three().await;
+    let history = catalog::volume::history::History::read(&world.store, &volume.header).await.expect("readable");
+    let newest = &history.segments[2].path;
+    let file = world.path("store").join(newest);
+    let good = std::fs::read(&file).expect("there");
+    let mut bad = good.clone();
+    bad[200] ^= 1;
+    for damage in [Some(bad), None] {
+        match &damage {
+            Some(bad) => std::fs::write(&file, bad).expect("writable"),
+            None => std::fs::remove_file(&file).expect("removed"),
+        }
+        let error = verify(&world, &world.verify_request(&volume, true)).await.expect_err("damaged").to_string();
+        assert!(error.contains(newest) && error.contains(&format!("newest intact point: {}", points[1])), "{error}");
+        let proven: Vec<String> = proofs_of(&world).await.0.into_iter().map(|(word, _)| word).collect();
+        assert_eq!(proven, ["opened", "opened", "committed"]);
+        // A restore of the latest names the object, and the point to take instead; that one restores.
+        let to = world.path("latest.img");
+        let mut out = Vec::new();
+        let request = world.restore_request(&volume, "latest", &to);
+        let error = crate::restore::run(&world.store, &request, &mut out).await.expect_err("damaged").to_string();
+        assert!(error.contains(newest) && error.contains(&format!("--point {}", points[1])), "{error}");
+        let _ = std::fs::remove_file(world.path("latest.img.blockferry-partial"));
+        let mut request = world.restore_request(&volume, "latest", &world.path(&format!("{}.img", damage.is_some())));
+        request.point = PointWanted::Id(points[1].to_string());
+        crate::restore::run(&world.store, &request, &mut out).await.expect("intact");
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_record_that_newer_epochs_have_overwritten_spoils_older_points_only() {
+    let world = World::new().await;
+    let mut volume = FixtureVolume::create(&world.store, "web", "root", DISK as u64).await;
+    let mut points = Vec::new();
+    for seed in 1..4 {
+        let close = volume.capture(&image(DISK, seed), Some(Consistency::Crash)).await;
+        points.push(close.id().to_string());
+    }
+    let history = catalog::volume::history::History::read(&world.store, &volume.header).await.expect("readable");
+    // The first epoch is overwritten nearly everywhere, the second not: the last point may still need either.
+    for (number, segment) in history.segments.iter().enumerate() {
+        let file = world.path("store").join(&segment.path);
+        let good = std::fs::read(&file).expect("there");
+        let mut bad = good.clone();
+        bad[150] ^= 1;
+        std::fs::write(&file, &bad).expect("writable");
+        let error = verify(&world, &world.verify_request(&volume, false)).await.expect_err("damaged").to_string();
+        std::fs::write(&file, &good).expect("writable");
+        for (at, point) in points.iter().enumerate() {
+            if error.contains(&format!("newest intact point: {point}")) {
+                assert_ne!(at, number, "a point needs its own epoch's records: {error}");
+            }
+        }
+        let expected = if number == 2 { &points[1] } else { &points[2] };
+        let all_new = (0..DISK.div_ceil(4096)).all(|page| {
+            let of = |seed| image(DISK, seed)[page * 4096..(page * 4096 + 4096).min(DISK)].to_vec();
+            of(2) != of(3)
+        });
+        if number != 1 && (number == 2 || all_new) {
+            assert!(error.contains(&format!("newest intact point: {expected}")), "{number}: {error}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn points_before_a_missing_log_entry_are_listed_and_restored_by_their_id_alone() {
+    let (world, volume, points) = three().await;
+    // Entry 1 takes the generation, 2 to 4 are the points'.
+    let gone = paths::log_entry(volume.header.volume, LogSeq(3));
+    world.store.delete(&gone).await.expect("deleted");
+    let error = verify(&world, &world.verify_request(&volume, false)).await.expect_err("missing").to_string();
+    assert!(error.contains(&gone) && error.contains(&format!("newest intact point: {}", points[0])), "{error}");
+    let (listed, error) = proofs_of(&world).await;
+    assert_eq!(listed, [("verified".to_owned(), true)]);
+    assert!(error.expect("named").contains(&gone));
+    let to = world.path("out.img");
+    let mut out = Vec::new();
+    for wanted in ["latest", "2030-01-01T00:00:00Z"] {
+        let request = world.restore_request(&volume, wanted, &to);
+        let error = crate::restore::run(&world.store, &request, &mut out).await.expect_err("a gap").to_string();
+        assert!(error.contains(&gone) && error.contains(&format!("--point {}", points[0])), "{error}");
+    }
+    let request = world.restore_request(&volume, &points[0].to_string(), &to);
+    crate::restore::run(&world.store, &request, &mut out).await.expect("before the gap");
+    assert!(std::fs::read(&to).expect("there") == image(DISK, 1));
+    let request = world.restore_request(&volume, &points[2].to_string(), &world.path("lost.img"));
+    crate::restore::run(&world.store, &request, &mut out).await.expect_err("behind the gap");
+}
