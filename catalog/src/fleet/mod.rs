@@ -8,6 +8,7 @@
 //! v1/authority/passphrases/<id>      what a passphrase is worth: hash of its secret, expiry, uses left; compare-and-swap
 //! v1/authority/machine-names/<name>  which machine bears a name; created once, if absent
 //! v1/authority/machines/<id>         a machine's certificates, and which are revoked; compare-and-swap
+//! v1/authority/receivers/<id>        what a receiver says of itself: addresses, load, heartbeat; compare-and-swap
 //! ```
 //!
 //! Promises: two receivers that start at once make one fleet; of concurrent redemptions of a last use exactly one
@@ -23,6 +24,7 @@ pub mod machines;
 mod object;
 pub mod passphrase;
 pub mod rate;
+pub mod receivers;
 #[cfg(test)]
 mod tests;
 
