@@ -84,7 +84,7 @@ unit: build
 ## The tests of continuous capture in their long version: 1,000 points for each mode, two minutes of standstill, 50 kills. Hours.
 test-long: test-deps build
 	BLOCKFERRY_LONG=1 cargo test --release --locked -p blockferry-tests --test conformance --test nbd_clients --test source_power \
-		--test standstill --test postgres --test freeze -- --nocapture --test-threads=1
+		--test standstill --test postgres --test freeze --test takeover -- --nocapture --test-threads=1
 
 ## LVM and md in a guest under two kernels, killed hard. Emulated: some minutes.
 test-guest: guest-deps build

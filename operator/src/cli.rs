@@ -20,6 +20,7 @@ use crate::restore::image::Format;
 use crate::restore::{self, RestoreRequest};
 use crate::select::{PointWanted, parse_close};
 use crate::serve::{self, ServeArgs, ServeError};
+use crate::status::{self, StatusArgs};
 use crate::verify::{self, VerifyRequest};
 use crate::{points, volumes};
 
@@ -145,6 +146,16 @@ enum Command {
         after_help = "Examples:\n  blockferry serve --store s3://backups/site-a --volume web-1/root --key-file blockferry.key --nbd /run/root.sock\n  qemu-system-x86_64 -m 2G -drive file='nbd+unix:///root?socket=/run/root.sock',format=raw,if=virtio\n  blockferry serve --store file:///srv/store --volume root --key-file blockferry.key --nbd 127.0.0.1:10809 --overlay root.overlay\n\nIt ends with SIGTERM or ^C. The same command with the same --overlay goes on with what was written."
     )]
     Serve(ServeArgs),
+    /// Show how the fleet's receivers and the volumes stand, and what to do about what is wrong
+    #[command(
+        after_help = "Examples:\n  blockferry status --store file:///srv/store\n  blockferry status --store s3://backups/site-a --max-age 15m --json"
+    )]
+    Status {
+        #[command(flatten)]
+        store: StoreArgs,
+        #[command(flatten)]
+        status: StatusArgs,
+    },
     /// Look at the volumes in the store
     Volume {
         #[command(subcommand)]
@@ -288,6 +299,7 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             let store = open(&args.store).await?;
             serve::run(&store, &args, budget_bytes, &mut out).await?;
         }
+        Command::Status { store, status } => status::run(&open(&store).await?, &status, &mut out).await?,
         Command::Volume { command: VolumeCommand::List { store, json } } => {
             volumes::list(&open(&store).await?, json, &mut out).await?;
         }

@@ -23,6 +23,9 @@ pub enum OperatorError {
     /// The store failed.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The fleet's objects.
+    #[error(transparent)]
+    Fleet(#[from] catalog::fleet::FleetError),
     /// A header or name.
     #[error(transparent)]
     Header(#[from] HeaderError),
@@ -106,6 +109,7 @@ impl Dispose for OperatorError {
     fn disposition(&self) -> Disposition {
         match self {
             Self::Store(error) => error.disposition(),
+            Self::Fleet(error) => error.disposition(),
             Self::Header(error) => error.disposition(),
             Self::Log(error) => error.disposition(),
             Self::Epoch(error) => error.disposition(),

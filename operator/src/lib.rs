@@ -14,6 +14,7 @@ pub mod points;
 pub mod restore;
 pub mod select;
 pub mod serve;
+pub mod status;
 #[cfg(test)]
 mod testing;
 pub mod verify;

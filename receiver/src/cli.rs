@@ -46,9 +46,46 @@ pub enum Command {
     /// Registered machines.
     #[command(subcommand)]
     Machines(MachinesCommand),
+    /// The fleet's receivers.
+    #[command(subcommand)]
+    Receivers(ReceiversCommand),
+    /// Has the receiver of this data directory send its senders elsewhere and forward what is closed; returns once it has. It
+    /// runs on, taking no sessions, until it is stopped or started again.
+    #[command(
+        after_help = "Examples:\n  blockferry-receiver drain --data-dir /var/lib/blockferry/receiver && systemctl restart blockferry-receiver"
+    )]
+    Drain(DrainArgs),
     /// Looks at the effective configuration.
     #[command(subcommand)]
     Config(ConfigCommand),
+}
+
+/// `drain`
+#[derive(Debug, Args)]
+pub struct DrainArgs {
+    /// The receiver's own directory
+    #[arg(long, value_name = "DIR", env = "BLOCKFERRY_DATA_DIR")]
+    pub data_dir: Option<PathBuf>,
+    /// Taken for symmetry with the other commands; the running receiver knows its store
+    #[arg(long, value_name = "URL", env = "BLOCKFERRY_STORE", hide = true)]
+    pub store: Option<String>,
+    /// How long to wait; the drain itself goes on
+    #[arg(long, value_name = "TIME", default_value = "10m")]
+    pub timeout: DurationText,
+}
+
+/// `receivers …`
+#[derive(Debug, Subcommand)]
+pub enum ReceiversCommand {
+    /// Lists the fleet's receivers: where they are, how full, and what they last said.
+    List {
+        /// Fleet.
+        #[command(flatten)]
+        fleet: FleetArgs,
+        /// JSON on standard output
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 /// `config …`
@@ -164,6 +201,9 @@ pub struct RunArgs {
     /// Congestion control of QUIC: cubic or bbr [default: cubic]
     #[arg(long, value_name = "cubic|bbr", env = "BLOCKFERRY_CONGESTION")]
     pub congestion: Option<common::net::quic::Congestion>,
+    /// How often this receiver says in the store that it lives, 1s to 60s [default: 60s]
+    #[arg(long, value_name = "TIME", env = "BLOCKFERRY_HEARTBEAT")]
+    pub heartbeat: Option<DurationText>,
     /// This receiver's name [default: the host name]
     #[arg(long, value_name = "NAME", env = "BLOCKFERRY_NAME")]
     pub name: Option<String>,

@@ -7,6 +7,7 @@ use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use catalog::fleet::receivers::HEARTBEAT;
 use catalog::store::{Store, StoreError, StoreOptions};
 use common::budget::{self, Budget, BudgetError, MemoryTable};
 use common::limits;
@@ -72,6 +73,7 @@ pub struct FileConfig {
     segment_linger: Option<DurationText>,
     upload_concurrency: Option<usize>,
     congestion: Option<String>,
+    heartbeat: Option<DurationText>,
     name: Option<String>,
     /// `--log-level`.
     pub log_level: Option<LogLevel>,
@@ -100,6 +102,16 @@ pub struct FleetConfig {
     pub store_ca: Option<(PathBuf, Vec<u8>)>,
     /// Most requests a second to the store; 0 for no cap.
     pub store_requests_per_second: u32,
+}
+
+/// The receiver's own directory, where that is all that a command needs.
+///
+/// # Errors
+/// [`ConfigError::Invalid`] where it is missing.
+pub fn data_dir(flag: Option<&Path>, file: &FileConfig) -> Result<PathBuf, ConfigError> {
+    let chosen = flag.map(Path::to_owned).or_else(|| file.data_dir.clone());
+    let missing = "--data-dir is missing: pass --data-dir DIR, such as /var/lib/blockferry/receiver";
+    chosen.ok_or_else(|| ConfigError::Invalid(missing.to_owned()))
 }
 
 impl FleetConfig {
@@ -165,6 +177,8 @@ pub struct RunConfig {
     pub quic: QuicTuning,
     /// Of the memory budget, for unread bytes of all connections together.
     pub quic_memory_bytes: u64,
+    /// How often this receiver says that it lives.
+    pub heartbeat: Duration,
     /// This receiver's name.
     pub name: String,
     /// How the memory budget is divided.
@@ -212,6 +226,11 @@ impl RunConfig {
         if concurrency == 0 || concurrency > 64 {
             return Err(invalid(format!("--upload-concurrency {concurrency}: expected 1 to 64")));
         }
+        let heartbeat = args.heartbeat.or(file.heartbeat).map_or(HEARTBEAT, DurationText::get);
+        if heartbeat < Duration::from_secs(1) || heartbeat > HEARTBEAT {
+            let (found, most) = (DurationText(heartbeat), DurationText(HEARTBEAT));
+            return Err(invalid(format!("--heartbeat {found}: expected 1s to {most}")));
+        }
         let stage_capacity = args.stage_capacity.or(file.stage_capacity);
         if let Some(capacity) = stage_capacity.filter(|&capacity| capacity < STAGE_CAPACITY_MIN) {
             return Err(invalid(format!("--stage-capacity {capacity}: expected at least {STAGE_CAPACITY_MIN}")));
@@ -254,11 +273,25 @@ impl RunConfig {
             upload_concurrency: concurrency,
             quic,
             quic_memory_bytes: quic_bytes,
+            heartbeat,
             name,
             memory,
             stage_memory_bytes,
             segment_memory_bytes,
         })
+    }
+
+    /// Where senders reach this receiver, which listens at `listen`: where somebody said, else there, else at the port of this
+    /// machine's name.
+    #[must_use]
+    pub fn addresses(&self, listen: SocketAddr) -> Vec<String> {
+        let named = || HostPort::parse(&rustix::system::uname().nodename().to_string_lossy(), listen.port()).ok();
+        let address = match &self.advertise {
+            Some(advertise) => Some(advertise.clone()),
+            None if listen.ip().is_unspecified() => named(),
+            None => Some(listen.into()),
+        };
+        address.iter().map(ToString::to_string).collect()
     }
 
     /// The stage's capacity on a disk with `free_bytes` free: what was asked for, or half of what is free.
@@ -302,6 +335,7 @@ impl fmt::Display for RunConfig {
         writeln!(f, "upload_concurrency = {}", self.upload_concurrency)?;
         let congestion = if self.quic.congestion == Congestion::Cubic { "cubic" } else { "bbr" };
         writeln!(f, "congestion = \"{congestion}\"")?;
+        writeln!(f, "heartbeat = {:?}", DurationText(self.heartbeat).exact())?;
         writeln!(f, "name = {:?}\n", self.name)?;
         self.memory.to_string().lines().try_for_each(|line| writeln!(f, "# {line}"))
     }

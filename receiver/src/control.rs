@@ -15,6 +15,7 @@ use common::net::pb;
 use common::net::pb::control_server::Control;
 use tonic::{Request, Response, Status};
 
+use crate::registry::Registry;
 use crate::volumes::Volumes;
 
 /// Answers control calls.
@@ -23,8 +24,8 @@ pub struct ControlService {
     store: Store,
     volumes: Arc<Volumes>,
     receiver: ReceiverId,
-    /// `HOST:PORT` of the fleet's receivers, where somebody said so; machines keep it beside the one they registered with.
-    receivers: Vec<String>,
+    /// The fleet's receivers; machines keep the list beside the one they registered with.
+    registry: Arc<Registry>,
 }
 
 impl ControlService {
@@ -35,9 +36,9 @@ impl ControlService {
         store: Store,
         volumes: Arc<Volumes>,
         receiver: ReceiverId,
-        receivers: Vec<String>,
+        registry: Arc<Registry>,
     ) -> Self {
-        Self { fleet, store, volumes, receiver, receivers }
+        Self { fleet, store, volumes, receiver, registry }
     }
 
     /// The header of a volume of this machine. Another machine's volume is answered as one that does not exist.
@@ -54,11 +55,11 @@ impl ControlService {
 #[tonic::async_trait]
 impl Control for ControlService {
     async fn register(&self, request: Request<pb::RegisterRequest>) -> Result<Response<pb::RegisterReply>, Status> {
-        control::register(&self.fleet, request, &self.receivers).await.map(Response::new)
+        control::register(&self.fleet, request, &self.registry.receivers().await).await.map(Response::new)
     }
 
     async fn hello(&self, request: Request<pb::HelloRequest>) -> Result<Response<pb::HelloReply>, Status> {
-        control::hello(&self.fleet, request, self.receiver, &self.receivers).await.map(Response::new)
+        control::hello(&self.fleet, request, self.receiver, &self.registry.receivers().await).await.map(Response::new)
     }
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewReply>, Status> {

@@ -1,12 +1,14 @@
-//! `passphrase …` and `machines …`: what an operator does with the fleet, from the store and `authority.key` alone.
+//! `passphrase …`, `machines …` and `receivers …`: what an operator does with the fleet, from the store and `authority.key` alone; and
+//! `drain`, which asks the running receiver.
 
-use catalog::fleet::{Fleet, FleetError};
+use catalog::fleet::{Fleet, FleetError, receivers};
 use catalog::store::StoreError;
 use common::clock::Clock;
 use common::net::passphrase::PassphraseId;
 
-use crate::cli::{MachinesCommand, PassphraseCommand};
-use crate::config::{ConfigError, FileConfig, FleetConfig};
+use crate::cli::{DrainArgs, MachinesCommand, PassphraseCommand, ReceiversCommand};
+use crate::config::{self, ConfigError, FileConfig, FleetConfig};
+use crate::drain::{self, DrainError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -20,6 +22,9 @@ pub enum CommandError {
     /// The fleet.
     #[error(transparent)]
     Fleet(#[from] FleetError),
+    /// The running receiver.
+    #[error(transparent)]
+    Drain(#[from] DrainError),
 }
 
 async fn open(config: &FleetConfig) -> Result<Fleet, CommandError> {
@@ -126,5 +131,65 @@ pub async fn machines(command: &MachinesCommand, file: &FileConfig) -> Result<()
             );
         }
     }
+    Ok(())
+}
+
+/// Lists the fleet's receivers on standard output.
+///
+/// # Errors
+/// [`CommandError`].
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+pub async fn receivers(command: &ReceiversCommand, file: &FileConfig) -> Result<(), CommandError> {
+    let ReceiversCommand::List { fleet, json } = command;
+    let store = FleetConfig::resolve(fleet, file)?.open_store().await?;
+    let (listed, mut errors) = receivers::list(&store).await?;
+    if *json {
+        let rows: Vec<_> = listed
+            .iter()
+            .map(|listed| {
+                let receiver = &listed.receiver;
+                serde_json::json!({
+                    "id": receiver.receiver.to_string(), "name": receiver.name, "addresses": receiver.addresses,
+                    "state": receiver.state.as_str(), "stage_capacity_bytes": receiver.stage_capacity,
+                    "stage_used_bytes": receiver.stage_used, "volumes": receiver.volumes, "sessions": receiver.sessions,
+                    "heartbeat": receiver.heartbeat, "heartbeat_time": listed.meta.modified.to_string(),
+                    "started": receiver.started.to_string(), "software": receiver.software,
+                })
+            })
+            .collect();
+        println!("{}", serde_json::Value::from(rows));
+    } else {
+        println!(
+            "{:<24}{:<10}{:>6}{:>9}{:>9}  {:<26}address",
+            "name", "state", "stage", "volumes", "sessions", "heartbeat"
+        );
+        for receivers::Listed { receiver, meta } in &listed {
+            println!(
+                "{:<24}{:<10}{:>5}%{:>9}{:>9}  {:<26}{}",
+                receiver.name,
+                receiver.state.as_str(),
+                receiver.load_percent(),
+                receiver.volumes,
+                receiver.sessions,
+                meta.modified.to_string(),
+                receiver.addresses.join(", ")
+            );
+        }
+    }
+    errors.pop().map_or(Ok(()), |error| Err(error.into()))
+}
+
+/// Has the running receiver drain; returns once it has.
+///
+/// # Errors
+/// [`CommandError::Drain`].
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+pub async fn drain(args: &DrainArgs, file: &FileConfig) -> Result<(), CommandError> {
+    let data_dir = config::data_dir(args.data_dir.as_deref(), file)?;
+    let progress = |left| tracing::info!(left, "draining: closed epochs and sessions that are left");
+    drain::request(&data_dir, args.timeout.get(), progress).await?;
+    println!(
+        "drained: senders are told to go elsewhere, and nothing that is closed is left here; stop it now, or start it again"
+    );
     Ok(())
 }

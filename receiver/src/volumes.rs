@@ -2,7 +2,8 @@
 //!
 //! A volume is loaded at its first use, or at start where the stage holds something of it: header and log from the catalog,
 //! closed epochs and open ones from the stage. Staged closes that follow the log's head go on to the forwarder, in order;
-//! the others are dropped. After that [`Volume`] is the one place through which the volume's session, its stage and
+//! the others are dropped. Loading takes the right to write the volume's log first: so no other receiver can commit behind what
+//! a claim is granted on; and where another one had that right since, all that is staged here is dropped. After that [`Volume`] is the one place through which the volume's session, its stage and
 //! its commits are told of each other.
 //!
 //! Promises: at most one session writes a volume; an epoch reaches the forwarder once in this process, after its close is
@@ -125,23 +126,51 @@ pub trait Staging: Send + Sync + 'static {
 
 /// What forwards closed epochs to the store. It reports by [`Volumes::handle_committed`].
 pub trait Forwarding: Send + Sync + 'static {
-    /// An epoch is closed and durable in the stage. Called in parent order for each volume; must not wait.
-    fn closed(&self, volume: VolumeId, close: Close);
+    /// An epoch is closed and durable in the stage. Called in parent order for each volume and hold; must not wait. No effect
+    /// where the hold is not the newest.
+    fn closed(&self, volume: VolumeId, hold: Hold, close: Close);
 }
 
-/// What the store says of a volume.
+/// Names one taking of the right to write a volume's log, within this process.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold(pub u64);
+
+impl Hold {
+    /// Nobody took it: the forwarder does so itself.
+    pub const NONE: Self = Self(0);
+}
+
+/// What the store says of a volume whose log is this receiver's to write now.
 #[derive(Debug, Clone)]
 pub struct Loaded {
     /// Its header.
     pub header: VolumeHeader,
     /// Newest committed epoch; zero for none.
     pub committed: ClosedEpoch,
+    /// The right to write the log that was taken.
+    pub hold: Hold,
+    /// What the stage holds may go on: no other receiver had that right since it was staged.
+    pub continues: bool,
 }
 
-/// Reads volumes from the store.
+/// Why a volume is loaded.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// A sender claims it.
+    Claim,
+    /// The stage holds something of it.
+    Leftovers,
+}
+
+/// Reads volumes from the store, and takes the right to write their logs.
 pub trait Catalog: Send + Sync + 'static {
-    /// Header and head of the log.
-    fn load(&self, volume: VolumeId) -> Pending<Loaded>;
+    /// The header alone. Takes nothing.
+    fn header(&self, volume: VolumeId) -> Pending<VolumeHeader>;
+    /// Takes the right to write the volume's log, and gives header and head as they are from then on. For
+    /// [`Purpose::Leftovers`] it gives `None` where another receiver has the right.
+    fn take(&self, volume: VolumeId, purpose: Purpose) -> Pending<Option<Loaded>>;
+    /// True while the right that was taken is this receiver's still.
+    fn holds(&self, volume: VolumeId, hold: Hold) -> Pending<bool>;
 }
 
 type Slot = Arc<OnceCell<Arc<Volume>>>;
@@ -178,7 +207,7 @@ impl Volumes {
     pub async fn recover(&self) -> Vec<(VolumeId, VolumeError)> {
         let mut failed = Vec::new();
         for volume in self.staging.volumes() {
-            if let Err(error) = self.get(volume).await {
+            if let Err(error) = self.settle(volume).await {
                 tracing::error!(%volume, %error, "a staged volume could not be loaded; its epochs stay staged");
                 metrics::counter!("blockferry_receiver_errors_total", "kind" => error.kind()).increment(1);
                 failed.push((volume, error));
@@ -187,17 +216,47 @@ impl Volumes {
         failed
     }
 
+    /// Decides about what the stage holds of a volume that is not loaded: loads it, so that it goes on; or drops it, where
+    /// another receiver has the volume now. Nothing is done for a loaded one.
+    ///
+    /// # Errors
+    /// [`VolumeError`] of the catalog or the stage.
+    pub async fn settle(&self, volume: VolumeId) -> Result<(), VolumeError> {
+        match self.get_or_load(volume, Purpose::Leftovers).await {
+            Ok(_) | Err(VolumeError::Fenced(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The volume's header, without taking the volume. Safe to cancel.
+    ///
+    /// # Errors
+    /// [`VolumeError`] of the catalog.
+    pub async fn header(&self, volume: VolumeId) -> Result<Arc<VolumeHeader>, VolumeError> {
+        match self.loaded(volume) {
+            Some(loaded) => Ok(loaded.header()),
+            None => self.catalog.header(volume).await.map(Arc::new),
+        }
+    }
+
     /// The volume, loaded now if it was not. Safe to cancel.
     ///
     /// # Errors
     /// [`VolumeError`] of the catalog or the stage.
     pub async fn get(&self, volume: VolumeId) -> Result<Arc<Volume>, VolumeError> {
+        self.get_or_load(volume, Purpose::Claim).await
+    }
+
+    async fn get_or_load(&self, volume: VolumeId, purpose: Purpose) -> Result<Arc<Volume>, VolumeError> {
         let slot = Arc::clone(self.lock().entry(volume).or_default());
-        let loaded = slot.get_or_try_init(|| self.load(volume)).await.cloned();
+        let loaded = slot.get_or_try_init(|| self.load(volume, purpose)).await.cloned();
         if loaded.is_err() {
             // Names that lead nowhere must not pile up.
             let mut slots = self.lock();
-            if slots.get(&volume).is_some_and(|slot| !slot.initialized()) {
+            // Nor may one that others wait for be lost: this one and the map's are two.
+            let unused =
+                |known: &Slot| Arc::ptr_eq(known, &slot) && !known.initialized() && Arc::strong_count(known) <= 2;
+            if slots.get(&volume).is_some_and(unused) {
                 slots.remove(&volume);
             }
         }
@@ -217,17 +276,42 @@ impl Volumes {
         }
     }
 
-    /// The volume for a claim of this incarnation: where that is newer than what was loaded, the header is read anew, since
-    /// another receiver may have been told that the disk grew. Safe to cancel.
+    /// The volume for a claim of this session and incarnation.
+    ///
+    /// A session that was not the last one here may have been granted by another receiver since, which has taken the log then:
+    /// so the log is asked, and the volume loaded anew where it was taken. (A sender draws a new session id whenever it claims
+    /// from another receiver than the last time.) Where the incarnation is newer than what was loaded, the header is read
+    /// anew, since another receiver may have been told that the disk grew. Safe to cancel.
     ///
     /// # Errors
     /// As [`Self::get`].
-    pub async fn get_for(&self, volume: VolumeId, incarnation: Incarnation) -> Result<Arc<Volume>, VolumeError> {
-        let loaded = self.get(volume).await?;
+    pub async fn get_for(
+        &self,
+        volume: VolumeId,
+        incarnation: Incarnation,
+        session: SessionId,
+    ) -> Result<Arc<Volume>, VolumeError> {
+        let known = self.loaded(volume);
+        let mut loaded = self.get(volume).await?;
+        if let Some(known) = known.filter(|known| Arc::ptr_eq(known, &loaded) && known.session() != Some(session))
+            && !self.catalog.holds(volume, known.hold()).await?
+        {
+            let text = "another receiver has taken the volume over; claim it again";
+            self.handle_lost(volume, known.hold(), RefusalCode::Fenced, text);
+            loaded = self.get(volume).await?;
+        }
         if incarnation > loaded.header().current().incarnation {
-            loaded.grow(self.catalog.load(volume).await?.header);
+            loaded.grow(self.catalog.header(volume).await?);
         }
         Ok(loaded)
+    }
+
+    /// Volumes loaded, and of them those that a sender writes.
+    #[must_use]
+    pub fn counts(&self) -> (usize, usize) {
+        let slots = self.lock();
+        let loaded = slots.values().filter_map(|slot| slot.get());
+        loaded.fold((0, 0), |(loaded, open), volume| (loaded + 1, open + usize::from(volume.has_session())))
     }
 
     /// A close, and all before it, is committed: the volume's sender is told.
@@ -239,8 +323,14 @@ impl Volumes {
 
     /// The volume's log can't be written from here any more (another receiver has it, or the forwarder failed for good): its
     /// session ends, and it is read anew from the store at its next use.
-    pub fn handle_lost(&self, volume: VolumeId, code: RefusalCode, text: &str) {
-        let slot = self.lock().remove(&volume);
+    ///
+    /// No effect where it was loaded anew since `hold` was taken.
+    pub fn handle_lost(&self, volume: VolumeId, hold: Hold, code: RefusalCode, text: &str) {
+        let slot = {
+            let mut slots = self.lock();
+            let is_of_hold = |slot: &Slot| slot.get().is_some_and(|volume| volume.hold() == hold);
+            if slots.get(&volume).is_some_and(is_of_hold) { slots.remove(&volume) } else { None }
+        };
         if let Some(volume) = slot.as_ref().and_then(|slot| slot.get()) {
             volume.end(code, text);
             volume.stop();
@@ -275,19 +365,27 @@ impl Volumes {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn load(&self, volume: VolumeId) -> Result<Arc<Volume>, VolumeError> {
-        let Loaded { header, committed } = self.catalog.load(volume).await?;
+    async fn load(&self, volume: VolumeId, purpose: Purpose) -> Result<Arc<Volume>, VolumeError> {
+        let Some(Loaded { header, committed, hold, continues }) = self.catalog.take(volume, purpose).await? else {
+            let Recovered { closes, open, .. } = self.staging.recovered(volume);
+            let closed = closes.iter().map(|close| close.statement().epoch);
+            for epoch in closed.chain(open.iter().map(|(epoch, _)| *epoch)) {
+                tracing::info!(%volume, %epoch, "another receiver has the volume: a staged epoch is dropped");
+                self.staging.drop_epoch(volume, epoch).await?;
+            }
+            return Err(VolumeError::Fenced(format!("another receiver writes volume {volume}")));
+        };
         let size = header.current();
         let geometry = Geometry::new(size.disk_bytes)
             .ok_or_else(|| VolumeError::Failed(format!("volume {volume} has a disk of {} bytes", size.disk_bytes)))?;
         let recovered = self.staging.recovered(volume);
-        let plan = plan_recovery(committed, recovered);
+        let plan = plan_recovery(committed, continues, recovered);
         if plan.release {
             // Committed by an earlier start that did not come to release them.
             self.staging.release(volume, committed.epoch).await?;
         }
         for epoch in &plan.dropped {
-            tracing::warn!(%volume, %epoch, "a staged epoch does not follow the log's head: it is dropped");
+            tracing::warn!(%volume, %epoch, continues, "a staged epoch can't follow the log's head any more: it is dropped");
             self.staging.drop_epoch(volume, *epoch).await?;
         }
         let facts = Facts {
@@ -300,9 +398,9 @@ impl Volumes {
             open: plan.open,
         };
         let (header, staging, forwarding) = (Arc::new(header), Arc::clone(&self.staging), Arc::clone(&self.forwarding));
-        let loaded = Volume::start(header, facts, staging, Arc::clone(&forwarding));
+        let loaded = Volume::start(header, hold, facts, staging, Arc::clone(&forwarding));
         for close in plan.follow {
-            forwarding.closed(volume, close);
+            forwarding.closed(volume, hold, close);
         }
         Ok(loaded)
     }
@@ -326,8 +424,9 @@ struct RecoveryPlan {
     next_epoch: Epoch,
 }
 
-/// Decides which staged epochs still follow the log's head.
-fn plan_recovery(committed: ClosedEpoch, mut recovered: Recovered) -> RecoveryPlan {
+/// Decides which staged epochs still follow the log's head. None does where another receiver had the volume in between: the
+/// sender may have forgotten them there.
+fn plan_recovery(committed: ClosedEpoch, continues: bool, mut recovered: Recovered) -> RecoveryPlan {
     let mut plan = RecoveryPlan::default();
     let mut tip = committed;
     recovered.closes.sort_by_key(|close| close.statement().epoch);
@@ -336,7 +435,7 @@ fn plan_recovery(committed: ClosedEpoch, mut recovered: Recovered) -> RecoveryPl
         plan.next_epoch = plan.next_epoch.max(Epoch(epoch.0.saturating_add(1)));
         if epoch <= committed.epoch {
             plan.release = true;
-        } else if close.statement().parent == tip.close {
+        } else if continues && close.statement().parent == tip.close {
             tip = closed(&close);
             plan.follow.push(close);
         } else {
@@ -344,7 +443,7 @@ fn plan_recovery(committed: ClosedEpoch, mut recovered: Recovered) -> RecoveryPl
         }
     }
     for (epoch, records) in recovered.open {
-        if epoch > tip.epoch {
+        if continues && epoch > tip.epoch {
             plan.open.push((epoch, records));
         } else {
             plan.dropped.push(epoch);
@@ -397,7 +496,7 @@ mod tests {
             open: vec![(Epoch(3), Vec::new()), (Epoch(7), Vec::new())],
             next_epoch: Epoch(8),
         };
-        let plan = plan_recovery(closed(&committed), recovered);
+        let plan = plan_recovery(closed(&committed), true, recovered);
         assert_eq!(plan.follow, vec![second, third]);
         assert_eq!(plan.dropped, vec![Epoch(5), Epoch(3)]);
         assert_eq!(plan.open.iter().map(|(epoch, _)| *epoch).collect::<Vec<_>>(), vec![Epoch(7)]);
@@ -406,9 +505,20 @@ mod tests {
     }
 
     #[test]
+    fn what_was_staged_before_another_receiver_had_the_volume_is_dropped_even_where_it_follows() {
+        let committed = close(1, CloseId::ZERO);
+        let second = close(2, committed.id());
+        let recovered = Recovered { closes: vec![second], open: vec![(Epoch(3), Vec::new())], next_epoch: Epoch(4) };
+        let plan = plan_recovery(closed(&committed), false, recovered);
+        assert_eq!(plan.dropped, vec![Epoch(2), Epoch(3)]);
+        assert!(plan.follow.is_empty() && plan.open.is_empty());
+        assert_eq!(plan.next_epoch, Epoch(4), "their numbers are not used again");
+    }
+
+    #[test]
     fn an_empty_stage_starts_behind_the_log() {
         let committed = close(6, CloseId::ZERO);
-        let plan = plan_recovery(closed(&committed), Recovered::default());
+        let plan = plan_recovery(closed(&committed), true, Recovered::default());
         assert_eq!(plan.next_epoch, Epoch(7));
         assert!(plan.follow.is_empty() && plan.dropped.is_empty() && !plan.release);
     }

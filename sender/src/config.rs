@@ -50,6 +50,7 @@ pub struct FileConfig {
     zstd_level: Option<toml::Value>,
     transport: Option<String>,
     congestion: Option<String>,
+    link_timeout: Option<DurationText>,
     rate_limit: Option<ByteRate>,
     point_interval: Option<DurationText>,
     epoch_interval: Option<DurationText>,
@@ -204,6 +205,10 @@ impl RunConfig {
             time("--point-interval", args.point_interval.or(file.point_interval), 30 * second, 30 * day)?;
         let epoch_interval = time("--epoch-interval", args.epoch_interval.or(file.epoch_interval), second, day)?;
         let freeze_limit = time("--freeze-limit", args.freeze_limit.or(file.freeze_limit), tenth, 30 * second)?;
+        let link_timeout = time("--link-timeout", args.link_timeout.or(file.link_timeout), 30 * second, 600 * second)?;
+        if link_timeout < 2 * second {
+            return Err(invalid(format!("--link-timeout {}: expected at least 2s", DurationText(link_timeout))));
+        }
         let congestion: Congestion = match (args.congestion, &file.congestion) {
             (Some(congestion), _) => congestion,
             (None, Some(text)) => text.parse().map_err(|error| invalid(format!("congestion: {error}")))?,
@@ -218,6 +223,8 @@ impl RunConfig {
             stream_window_bytes: 256 << 10,
             connection_window_bytes: 1 << 20,
             congestion,
+            idle_timeout: link_timeout,
+            keep_alive: QuicTuning::default().keep_alive.min(link_timeout / 4),
             ..QuicTuning::default()
         };
         let memory = MemoryTable::new(total)
@@ -313,6 +320,7 @@ impl fmt::Display for RunConfig {
         writeln!(f, "epoch_interval = {:?}", DurationText(self.epoch_interval).exact())?;
         writeln!(f, "app_point_interval = \"{}\"", self.app_points)?;
         writeln!(f, "overload = \"{}\"", self.overload)?;
+        writeln!(f, "link_timeout = {:?}", DurationText(self.quic.idle_timeout).exact())?;
         writeln!(f, "freeze_limit = {:?}", DurationText(self.freeze_limit).exact())?;
         if let Some(rate) = self.verify_rate {
             writeln!(f, "verify_rate = {:?}", rate.exact())?;

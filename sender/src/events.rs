@@ -102,6 +102,8 @@ event_kinds! {
     Disconnected, "disconnected", Warning;
     /// There is a link again.
     Reconnected, "reconnected", Info;
+    /// Another receiver of the fleet is in use: the one before died, drains, or goes on failing.
+    Moved, "moved", Info;
     /// UDP is blocked: records travel over another transport.
     Fallback, "fallback", Warning;
     /// The receiver lost what it had staged; those pages travel again.

@@ -8,6 +8,7 @@ pub mod exported;
 pub mod images;
 pub mod loops;
 pub mod lossy;
+pub mod members;
 pub mod mounts;
 pub mod nbd;
 pub mod pair;

@@ -36,8 +36,11 @@ use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use rcgen::{Issuer, KeyPair};
 use receiver::accept::{self, AcceptLimits, Acceptor};
-use receiver::volumes::{Catalog, Forwarding, Intake, Loaded, Pending, Recovered, Staging, VolumeError, Volumes};
-use sender::send::{Route, Sender, VolumeEvents, VolumeSender};
+use receiver::drain::Draining;
+use receiver::volumes::{
+    Catalog, Forwarding, Hold, Intake, Loaded, Pending, Purpose, Recovered, Staging, VolumeError, Volumes,
+};
+use sender::send::{Choice, KnownReceiver, Route, Sender, VolumeEvents, VolumeSender};
 use tokio::net::UdpSocket;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -252,7 +255,7 @@ impl Staging for Parts {
 }
 
 impl Forwarding for Parts {
-    fn closed(&self, volume: VolumeId, close: Close) {
+    fn closed(&self, volume: VolumeId, _hold: Hold, close: Close) {
         let model = Arc::clone(&self.0);
         tokio::spawn(async move {
             if model.forwards.subscribe().wait_for(|forwards| *forwards).await.is_err() {
@@ -279,14 +282,13 @@ impl Forwarding for Parts {
 }
 
 impl Catalog for Parts {
-    fn load(&self, volume: VolumeId) -> Pending<Loaded> {
+    fn header(&self, volume: VolumeId) -> Pending<VolumeHeader> {
         let model = Arc::clone(&self.0);
         async move {
             if volume != VOLUME {
                 return Err(VolumeError::NotFound(volume));
             }
-            let durable = model.durable.lock().expect("not poisoned");
-            let header = VolumeHeader {
+            Ok(VolumeHeader {
                 nonce: Nonce::ZERO,
                 fleet: model.fleet,
                 volume,
@@ -299,15 +301,28 @@ impl Catalog for Parts {
                 signing_key: [0; 32],
                 incarnations: vec![IncarnationSize { incarnation: Incarnation(1), disk_bytes: DISK_BYTES }],
                 wrapped_keys: Vec::new(),
-            };
+            })
+        }
+        .boxed()
+    }
+
+    fn take(&self, volume: VolumeId, _purpose: Purpose) -> Pending<Option<Loaded>> {
+        let (model, header) = (Arc::clone(&self.0), self.header(volume));
+        async move {
+            let header = header.await?;
+            let durable = model.durable.lock().expect("not poisoned");
             let head = durable.log.last();
             let committed = head.map_or(ClosedEpoch::default(), |close| ClosedEpoch {
                 epoch: close.statement().epoch,
                 close: close.id(),
             });
-            Ok(Loaded { header, committed })
+            Ok(Some(Loaded { header, committed, hold: Hold(1), continues: true }))
         }
         .boxed()
+    }
+
+    fn holds(&self, _volume: VolumeId, _hold: Hold) -> Pending<bool> {
+        async { Ok(true) }.boxed()
     }
 }
 
@@ -336,6 +351,7 @@ impl Receiver {
             volumes,
             budget: budget.clone(),
             revoked: Arc::new(move |_| revoked),
+            draining: Draining::default(),
             window_bytes: 16 << 20,
             limits,
         });
@@ -414,7 +430,7 @@ fn start_sender(fleet: &Fleet, machine: MachineId, receiver: SocketAddr) -> Send
     let (endpoint, _) = client_endpoint(&tuning()).expect("a free port");
     Sender::start(Route {
         endpoint,
-        receivers: vec![receiver.into()],
+        choice: Choice::new(vec![KnownReceiver::at(receiver.into())]),
         tls: watch::channel(Arc::new(tls)).1,
         tuning: tuning(),
     })

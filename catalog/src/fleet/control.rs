@@ -41,7 +41,7 @@ pub async fn admit<T>(fleet: &Fleet, request: &Request<T>) -> Result<PeerIdentit
 pub async fn register(
     fleet: &Fleet,
     request: Request<pb::RegisterRequest>,
-    receivers: &[String],
+    receivers: &[pb::FleetReceiver],
 ) -> Result<pb::RegisterReply, Status> {
     let from = peer_address(&request).map(|address| address.ip().to_canonical());
     fleet.may_register(from).map_err(|wait| {
@@ -67,7 +67,8 @@ pub async fn register(
         machine_id: identity.id.to_vec().into(),
         fleet_id: fleet.id().0.to_vec().into(),
         protocol,
-        receivers: receivers.to_vec(),
+        receivers: addresses(receivers),
+        fleet: receivers.to_vec(),
     })
 }
 
@@ -140,7 +141,7 @@ pub async fn hello(
     fleet: &Fleet,
     request: Request<pb::HelloRequest>,
     receiver: ReceiverId,
-    receivers: &[String],
+    receivers: &[pb::FleetReceiver],
 ) -> Result<pb::HelloReply, Status> {
     let peer = admit(fleet, &request).await?;
     let asked = request.into_inner();
@@ -163,7 +164,8 @@ pub async fn hello(
             sessions_per_connection_max: bound(limits::SESSIONS_PER_CONNECTION_MAX),
             frame_bytes_max: bound(limits::FRAME_BYTES_MAX),
         }),
-        receivers: receivers.to_vec(),
+        receivers: addresses(receivers),
+        fleet: receivers.to_vec(),
     })
 }
 
@@ -187,6 +189,18 @@ pub fn status(error: &FleetError) -> Status {
             Status::internal("the receiver can't use its fleet's state; its log says why")
         }
     }
+}
+
+/// Where receivers are reached, those that serve before those that drain.
+fn addresses(receivers: &[pb::FleetReceiver]) -> Vec<String> {
+    let of = |draining: bool| receivers.iter().filter(move |receiver| receiver.draining == draining);
+    let mut found: Vec<String> = Vec::new();
+    for address in of(false).chain(of(true)).flat_map(|receiver| &receiver.addresses) {
+        if !found.contains(address) {
+            found.push(address.clone());
+        }
+    }
+    found
 }
 
 fn key_digest(request: &VerifiedRequest) -> Digest {

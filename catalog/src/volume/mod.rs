@@ -19,6 +19,7 @@ pub mod fixture;
 pub mod header;
 pub mod history;
 pub mod log;
+pub mod owner;
 pub mod paths;
 pub mod proofs;
 pub mod segment;

@@ -364,3 +364,24 @@ async fn a_checkpoint_that_does_not_fit_the_log_is_not_believed() {
     store.delete(&paths::log_entry(id, LogSeq(4))).await.expect("deleted");
     assert!(matches!(open_view(&store, &volume.header).await, Err(LogError::Missing { .. })));
 }
+
+#[tokio::test]
+async fn the_owner_of_a_log_is_who_took_the_newest_generation_also_behind_entries_that_only_maintain_it() {
+    let (_dir, store) = store().await;
+    let (volume, _) = two_points(&store).await;
+    let id = volume.header.volume;
+    let (first, second) = (ReceiverId([8; 16]), ReceiverId([9; 16]));
+    for receiver in [first, second] {
+        LogWriter::open(&store, &volume.header, receiver, &Clock::System).await.expect("free to take");
+    }
+    let newest = open_view(&store, &volume.header).await.expect("readable").position;
+    assert_eq!(owner::owner(&store, id, newest.seq).await.expect("readable"), Some(second));
+    assert_eq!(owner::owner(&store, id, LogSeq(newest.seq.0 - 1)).await.expect("readable"), Some(first));
+    assert_eq!(owner::owner(&store, id, LogSeq(0)).await.expect("readable"), None);
+    // Somebody's entry under the generation of the one before, which commits nothing.
+    let mut entry = owner::entry(&store, id, newest.seq).await.expect("readable").expect("there");
+    entry.seq = LogSeq(newest.seq.0 + 1);
+    entry.writer = first;
+    store.put_new(&paths::log_entry(id, entry.seq), entry.encode().into()).await.expect("put");
+    assert_eq!(owner::owner(&store, id, entry.seq).await.expect("readable"), Some(second));
+}

@@ -46,6 +46,8 @@ pub enum RefusalCode {
     GoingAway,
     /// The receiver failed (disk, store); connect again later.
     Failed,
+    /// The receiver drains: go to another one of the fleet now.
+    Draining,
 }
 
 impl RefusalCode {
@@ -60,6 +62,7 @@ impl RefusalCode {
             Self::Fenced => 7,
             Self::GoingAway => 8,
             Self::Failed => 9,
+            Self::Draining => 10,
         }
     }
 
@@ -74,6 +77,7 @@ impl RefusalCode {
             7 => Self::Fenced,
             8 => Self::GoingAway,
             9 => Self::Failed,
+            10 => Self::Draining,
             other => return Err(FormatError::Invalid { what: "refusal code", found: other.into() }),
         })
     }

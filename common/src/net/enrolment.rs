@@ -228,6 +228,15 @@ impl Enrolment {
         secret_file::write(&dir.join(KEY_FILE), self.key.pem().as_bytes())?;
         secret_file::write(&dir.join(CERTIFICATE_FILE), pem(&self.chain).as_bytes())?;
         secret_file::write(&dir.join(AUTHORITY_FILE), pem(std::slice::from_ref(&self.authority.ca)).as_bytes())?;
+        self.store_receivers(state_dir)
+    }
+
+    /// Writes what [`Self::receivers`] holds now under `state_dir`, where the registration is; whole and durable.
+    ///
+    /// # Errors
+    /// [`EnrolmentError::File`].
+    pub fn store_receivers(&self, state_dir: &Path) -> Result<(), EnrolmentError> {
+        let dir = state_dir.join(DIR);
         let mut text = format!(
             "# Written by blockferry-sender register. Who this machine is; the keys lie beside.\n\
              format = {FORMAT}\nfleet = \"{}\"\nmachine = \"{}\"\nname = \"{}\"\nreceivers = [",

@@ -44,6 +44,7 @@ impl Control for TestControl {
         let identity = self.0.identity(Role::Machine, &asked.machine_name);
         let chain = self.0.certify(&identity, &csr.map_err(|_| Status::invalid_argument("csr"))?.public_key);
         Ok(Response::new(pb::RegisterReply {
+            fleet: Vec::new(),
             certificate_chain_der: chain.iter().map(|der| der.to_vec().into()).collect(),
             ca_der: self.0.authority.ca.to_vec().into(),
             machine_id: identity.id.to_vec().into(),
@@ -55,7 +56,7 @@ impl Control for TestControl {
 
     async fn hello(&self, request: Request<pb::HelloRequest>) -> Result<Response<pb::HelloReply>, Status> {
         let peer = require_machine(&request)?;
-        Ok(Response::new(pb::HelloReply { software_version: peer.name, ..Default::default() }))
+        Ok(Response::new(pb::HelloReply { fleet: Vec::new(), software_version: peer.name, ..Default::default() }))
     }
 
     async fn renew(&self, _: Request<pb::RenewRequest>) -> Result<Response<pb::RenewReply>, Status> {

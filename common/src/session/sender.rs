@@ -391,6 +391,14 @@ impl<P> SenderSession<P> {
         self.dropped = self.dropped.split_off(&from);
     }
 
+    /// The next claim goes to another receiver than the last one: under another id, so that a receiver can tell whether the
+    /// session that it granted last may have been elsewhere since. No effect while a connection stands.
+    pub fn renew(&mut self, session: SessionId) {
+        if self.link == Link::Down {
+            self.config.session = session;
+        }
+    }
+
     /// A connection is there; `Open` comes out of stream 0 next.
     pub fn handle_connected(&mut self) {
         self.handle_disconnected();

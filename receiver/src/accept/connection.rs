@@ -13,8 +13,8 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::stream::{self, FrameReader};
-use super::{Acceptor, CLOSED_NOT_ALLOWED, CLOSED_SHUTDOWN, CLOSED_UNUSED, count};
-use crate::volumes::{Intake, Scope, Volume};
+use super::{Acceptor, CLOSED_DRAINING, CLOSED_NOT_ALLOWED, CLOSED_SHUTDOWN, CLOSED_UNUSED, DRAINS, count};
+use crate::volumes::{Intake, Scope, Volume, VolumeError};
 
 /// A session of this connection.
 #[derive(Clone)]
@@ -88,7 +88,8 @@ pub(super) async fn serve(
                 used = true;
             }
             () = over.cancelled() => {
-                connection.close(CLOSED_SHUTDOWN, b"the receiver ends this connection");
+                let code = if acceptor.draining.is_asked() { CLOSED_DRAINING } else { CLOSED_SHUTDOWN };
+                connection.close(code, b"the receiver ends this connection");
                 break "ended from here".to_owned();
             }
         }
@@ -170,26 +171,26 @@ impl Peer {
         if (self.acceptor.revoked)(&self.identity) {
             return Err((RefusalCode::NotYours, "this certificate was revoked".into()));
         }
+        if self.acceptor.draining.is_asked() {
+            return Err((RefusalCode::Draining, DRAINS.into()));
+        }
         if self.sessions.lock().len() >= limits::SESSIONS_PER_CONNECTION_MAX {
             let text = format!("a connection may have {} sessions", limits::SESSIONS_PER_CONNECTION_MAX);
             return Err((RefusalCode::BadMessage, text));
         }
         let id = claim.volume;
-        let volume = self.acceptor.volumes.get_for(id, claim.incarnation).await;
-        let volume = volume.map_err(|error| (error.refusal(), error.to_string()));
-        let allowed = |volume: &Volume| {
-            let header = volume.header();
-            header.fleet == self.identity.fleet && Some(header.machine) == self.identity.machine()
-        };
-        let volume = match volume {
-            Ok(volume) if allowed(&volume) => volume,
+        let failed = |error: VolumeError| (error.refusal(), error.to_string());
+        // Before the volume is taken: that would end another receiver's part in it.
+        match self.acceptor.volumes.header(id).await.map_err(failed) {
+            Ok(header) if header.fleet == self.identity.fleet && Some(header.machine) == self.identity.machine() => {}
             // The same words whether it exists or not.
             Ok(_) | Err((RefusalCode::NotYours, _)) => {
                 return Err((RefusalCode::NotYours, format!("this machine has no volume {id}")));
             }
             Err(refusal) => return Err(refusal),
-        };
+        }
         let session = claim.session;
+        let volume = self.acceptor.volumes.get_for(id, claim.incarnation, session).await.map_err(failed)?;
         self.sessions.volumes.lock().unwrap_or_else(PoisonError::into_inner).insert(id);
         let mut place = None;
         if let Some(_turn) = volume.turn_of(session) {

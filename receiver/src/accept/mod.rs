@@ -33,6 +33,7 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::drain::Draining;
 use crate::volumes::Volumes;
 use windows::Windows;
 pub use windows::window_of;
@@ -78,6 +79,8 @@ pub struct Acceptor {
     pub budget: Budget,
     /// Revocation, asked at each connection and each claim.
     pub revoked: Revoked,
+    /// Whether senders are to go elsewhere.
+    pub draining: Draining,
     /// Unread bytes that all connections together may hold.
     pub window_bytes: u64,
     /// Bounds.
@@ -94,11 +97,15 @@ impl std::fmt::Debug for Acceptor {
 const CLOSED_SHUTDOWN: VarInt = VarInt::from_u32(0);
 const CLOSED_NOT_ALLOWED: VarInt = VarInt::from_u32(2);
 const CLOSED_UNUSED: VarInt = VarInt::from_u32(3);
+/// Senders go to another receiver on it.
+const CLOSED_DRAINING: VarInt = VarInt::from_u32(4);
 /// How long peers have to take the news that this receiver stops.
 const FAREWELL_TIME: Duration = Duration::from_millis(500);
+const DRAINS: &str =
+    "this receiver drains: go to another one of the fleet, or come back once it has been started again";
 
-/// Accepts connections on `endpoint` until `stop`; then tells every sender to come back later, and returns once the
-/// connections are gone.
+/// Accepts connections on `endpoint` until `stop`; then tells every sender to go elsewhere, or to come back, and returns once the
+/// connections are gone. While it drains, senders are told so and nothing else.
 pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: CancellationToken) {
     let places = Arc::new(Semaphore::new(acceptor.limits.connections_max));
     let machines = Arc::new(Machines::default());
@@ -106,9 +113,20 @@ pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: Cancellation
     let tasks = TaskTracker::new();
     // Ends every connection's task, a moment after the sessions were told.
     let over = CancellationToken::new();
+    let mut told = false;
     loop {
         let incoming = tokio::select! {
             () = stop.cancelled() => break,
+            () = acceptor.draining.asked(), if !told => {
+                told = true;
+                acceptor.volumes.end_all(RefusalCode::Draining, DRAINS);
+                let over = over.clone();
+                tokio::spawn(async move {
+                    tokio::time::sleep(FAREWELL_TIME).await;
+                    over.cancel();
+                });
+                continue;
+            }
             incoming = endpoint.accept() => match incoming {
                 Some(incoming) => incoming,
                 None => break,
@@ -127,7 +145,7 @@ pub async fn run(endpoint: Endpoint, acceptor: Arc<Acceptor>, stop: Cancellation
         });
     }
     tasks.close();
-    acceptor.volumes.end_all(RefusalCode::GoingAway, "the receiver is stopping");
+    acceptor.volumes.end_all(RefusalCode::Draining, DRAINS);
     let _ = tokio::time::timeout(FAREWELL_TIME, tasks.wait()).await;
     over.cancel();
     tasks.wait().await;
@@ -171,6 +189,12 @@ async fn serve(
     };
     if (acceptor.revoked)(&peer) {
         return refuse("revoked", "this certificate was revoked");
+    }
+    if acceptor.draining.is_asked() {
+        count("draining");
+        tracing::info!(%remote, machine = peer.name, "a machine was told to go elsewhere");
+        connection.close(CLOSED_DRAINING, DRAINS.as_bytes());
+        return;
     }
     let _window = windows.enter(&connection);
     let place = machines.enter(machine, acceptor.limits.machine_connections_max, over.child_token());

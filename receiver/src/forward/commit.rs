@@ -11,8 +11,10 @@ use common::limits;
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
+use super::hold::reopen;
 use super::order::{Progress, Step, next_step};
-use super::{Batch, ForwardEvent, Lost, Patience, Shared, kind_of, may_pass, open_log};
+use super::{Batch, ForwardEvent, Lost, Patience, Shared, kind_of, may_pass};
+use crate::volumes::Hold;
 
 /// Entries after which a checkpoint that failed is tried again.
 const CHECKPOINT_RETRY_ENTRIES: u64 = 8;
@@ -22,6 +24,7 @@ const CHECKPOINT_BYTES_MAX: u64 = 48 << 20;
 /// Commits batches in order until their channel ends.
 pub(super) async fn commit(
     shared: &Arc<Shared>,
+    hold: Hold,
     header: VolumeHeader,
     mut writer: LogWriter,
     mut entries: u64,
@@ -45,6 +48,7 @@ pub(super) async fn commit(
                 }
                 Step::Log => {
                     append(shared, &header, &mut writer, &stored, &epochs).await?;
+                    shared.note_position(volume, hold, &writer);
                     entries += 1;
                     progress.logged = true;
                 }
@@ -108,7 +112,7 @@ async fn append(
             Err(error) if may_pass(&error) => patience.after(&error, kind_of(&error)).await,
             // Too many attempts whose outcome is not known: the log itself tells which of them, if any, won.
             Err(LogError::TooMuch { .. } | LogError::OtherAttempt { .. }) => {
-                let (reopened, view) = open_log(shared, header).await?;
+                let (reopened, view) = reopen(shared, header).await?;
                 *writer = reopened;
                 if Some(view.position.head_id()) == last {
                     return Ok(());

@@ -12,6 +12,7 @@
 
 pub mod bundle;
 mod commit;
+mod hold;
 pub mod order;
 #[cfg(test)]
 mod tests;
@@ -41,8 +42,10 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::stage::{Stage, StageError};
-use crate::volumes::Forwarding;
+use crate::volumes::{Forwarding, Hold};
 use bundle::{Bundler, Segment, segment_cost};
+pub use hold::Taken;
+use hold::{Held, Parked};
 use order::{Head, Plan, Step};
 
 const BACKOFF_BASE: Duration = Duration::from_millis(100);
@@ -77,6 +80,8 @@ pub enum ForwardEvent {
     Lost {
         /// Volume.
         volume: VolumeId,
+        /// Under which right to write its log.
+        hold: Hold,
         /// What its sender is to be told: whether another receiver owns the volume's log now.
         code: RefusalCode,
         /// For people.
@@ -103,6 +108,8 @@ enum Lost {
         "staged epoch {epoch} is not what its close states: {what}; its pages are read again from the protected disk"
     )]
     Mismatch { epoch: Epoch, what: String },
+    #[error("receiver {winner} has taken the volume's log over")]
+    Elsewhere { winner: ReceiverId },
     #[error("a task of the forwarder ended early")]
     Task,
     #[cfg(test)]
@@ -113,7 +120,7 @@ enum Lost {
 impl Lost {
     fn kind(&self) -> &'static str {
         match self {
-            Self::Log(LogError::Fenced { .. }) => "fenced",
+            Self::Log(LogError::Fenced { .. }) | Self::Elsewhere { .. } => "fenced",
             Self::Log(_) | Self::Header(_) => "forward_log",
             Self::Stage(error) => error.kind(),
             Self::Budget(_) => "forward_budget",
@@ -132,8 +139,10 @@ struct Lane {
 #[derive(Default)]
 struct Lanes {
     open: HashMap<VolumeId, Lane>,
+    held: HashMap<VolumeId, Held>,
     tasks: JoinSet<()>,
     next_number: u64,
+    next_hold: u64,
     draining: bool,
 }
 
@@ -260,10 +269,14 @@ impl Drop for Forwarder {
 }
 
 impl Forwarding for ForwardHandle {
-    fn closed(&self, volume: VolumeId, close: Close) {
+    fn closed(&self, volume: VolumeId, hold: Hold, close: Close) {
         let mut lanes = self.shared.lock();
         if lanes.draining {
             // It stays staged and is forwarded after the next start.
+            return;
+        }
+        if hold != Hold::NONE && lanes.held.get(&volume).is_none_or(|held| held.hold != hold) {
+            // Of an earlier load of the volume, whose right is lost: what becomes of it is decided at the next load.
             return;
         }
         while lanes.tasks.try_join_next().is_some() {}
@@ -280,40 +293,67 @@ impl Forwarding for ForwardHandle {
         lanes.next_number += 1;
         let number = lanes.next_number;
         lanes.open.insert(volume, Lane { closes: sender, number });
-        lanes.tasks.spawn(run(Arc::clone(&self.shared), volume, number, receiver));
+        lanes.tasks.spawn(run(Arc::clone(&self.shared), volume, number, hold, receiver));
     }
 }
 
 /// Forwards one volume until its channel ends, or it is lost.
-async fn run(shared: Arc<Shared>, volume: VolumeId, number: u64, closes: mpsc::UnboundedReceiver<Close>) {
-    let result = forward(&shared, volume, closes).await;
-    {
+async fn run(shared: Arc<Shared>, volume: VolumeId, number: u64, hold: Hold, closes: mpsc::UnboundedReceiver<Close>) {
+    let result = Box::pin(forward(&shared, volume, hold, closes)).await;
+    let current = {
         let mut lanes = shared.lock();
-        if lanes.open.get(&volume).is_some_and(|lane| lane.number == number) {
+        let current = lanes.open.get(&volume).is_some_and(|lane| lane.number == number);
+        if current {
             lanes.open.remove(&volume);
+            if result.is_err() && lanes.held.get(&volume).is_some_and(|held| held.hold == hold) {
+                // Nothing more is taken under this right: the volume is loaded anew first.
+                lanes.held.remove(&volume);
+            }
         }
-    }
-    if let Err(lost) = result {
-        let code = match lost {
-            Lost::Log(LogError::Fenced { .. }) => RefusalCode::Fenced,
-            _ => RefusalCode::Failed,
-        };
+        current
+    };
+    let Err(lost) = result else { return };
+    let code = match lost {
+        Lost::Log(LogError::Fenced { .. }) | Lost::Elsewhere { .. } => RefusalCode::Fenced,
+        _ => RefusalCode::Failed,
+    };
+    metrics::counter!("blockferry_receiver_errors_total", "kind" => lost.kind()).increment(1);
+    if code == RefusalCode::Fenced {
+        tracing::warn!(
+            %volume, error = %lost,
+            "this receiver lost the volume to another one: what is staged of it here is dropped, its sender sends the pages again"
+        );
+    } else {
         tracing::error!(%volume, error = %lost, "a volume is not forwarded any more");
-        metrics::counter!("blockferry_receiver_errors_total", "kind" => lost.kind()).increment(1);
-        shared.tell(ForwardEvent::Lost { volume, code, text: lost.to_string() });
+    }
+    if current {
+        shared.tell(ForwardEvent::Lost { volume, hold, code, text: lost.to_string() });
     }
 }
 
-async fn forward(shared: &Arc<Shared>, volume: VolumeId, closes: mpsc::UnboundedReceiver<Close>) -> Result<(), Lost> {
-    let header = read_header(shared, volume).await?;
-    let (writer, view) = open_log(shared, &header).await?;
-    let head = Head { epoch: view.position.last_epoch(), close: view.position.head_id() };
+async fn forward(
+    shared: &Arc<Shared>,
+    volume: VolumeId,
+    hold: Hold,
+    closes: mpsc::UnboundedReceiver<Close>,
+) -> Result<(), Lost> {
+    let parked =
+        shared.lock().held.get_mut(&volume).filter(|held| held.hold == hold).and_then(|held| held.parked.take());
+    let Parked { header, writer, head, entries } = match parked {
+        Some(parked) => *parked,
+        None if hold == Hold::NONE => {
+            let header = read_header(shared, volume).await?;
+            let (writer, view) = open_log(shared, &header).await?;
+            *Parked::new(header, writer, &view)
+        }
+        None => return Err(Lost::Task),
+    };
     // Committed before a crash, and not yet given up then.
     shared.stage.release(volume, head.epoch).await?;
     let (batches, committed) = mpsc::channel(1);
     tokio::try_join!(
         build(shared, volume, head, closes, batches),
-        commit::commit(shared, header, writer, view.entries_since_checkpoint, committed)
+        commit::commit(shared, hold, header, writer, entries, committed)
     )?;
     Ok(())
 }

@@ -178,7 +178,7 @@ async fn closed_epochs_are_committed_whole_and_then_given_up_by_the_stage() {
         let epochs = three_epochs(source);
         for (close, records) in &epochs {
             stage_epoch(&stage, close, records).await;
-            forwarder.handle().closed(source.volume(), close.clone());
+            forwarder.handle().closed(source.volume(), Hold::NONE, close.clone());
         }
         sent.push(epochs);
     }
@@ -214,7 +214,7 @@ async fn a_crash_before_any_step_loses_nothing_and_commits_nothing_twice() {
             let mut events = forwarder.events();
             for (close, records) in &epochs {
                 stage_epoch(&stage, close, records).await;
-                forwarder.handle().closed(volume, close.clone());
+                forwarder.handle().closed(volume, Hold::NONE, close.clone());
             }
             while !matches!(next(&mut events).await, ForwardEvent::Lost { .. }) {}
         }
@@ -229,13 +229,13 @@ async fn a_crash_before_any_step_loses_nothing_and_commits_nothing_twice() {
         assert_eq!(staged.len(), 3, "nothing is given up before it is told ({step:?})");
         let rest: Vec<_> = staged.into_iter().filter(|state| state.epoch.0 > head).collect();
         for state in &rest {
-            forwarder.handle().closed(volume, state.close.clone().expect("it was closed"));
+            forwarder.handle().closed(volume, Hold::NONE, state.close.clone().expect("it was closed"));
         }
         if rest.is_empty() {
             // A later epoch shows that what was committed before is given up.
             let next = source.close(5, &[], Some(Consistency::Crash));
             stage_epoch(&stage, &next, &[]).await;
-            forwarder.handle().closed(volume, next.clone());
+            forwarder.handle().closed(volume, Hold::NONE, next.clone());
             until_committed(&mut events, next.id()).await;
         } else {
             until_committed(&mut events, last).await;
@@ -260,7 +260,7 @@ async fn small_epochs_wait_for_each_other_and_a_drain_does_not_wait() {
         let records = [source.record(epoch, epoch, 2)];
         let close = source.close(epoch, &records, None);
         stage_epoch(&stage, &close, &records).await;
-        forwarder.handle().closed(source.volume(), close);
+        forwarder.handle().closed(source.volume(), Hold::NONE, close);
         expected.insert(epoch, by_block(&records));
     }
     forwarder.drain().await;
@@ -278,7 +278,7 @@ async fn memory_for_less_than_two_segments_is_enough() {
     let records: Vec<_> = (0..100).map(|block| source.record(1, block, 16)).collect();
     let close = source.close(1, &records, None);
     stage_epoch(&stage, &close, &records).await;
-    forwarder.handle().closed(source.volume(), close);
+    forwarder.handle().closed(source.volume(), Hold::NONE, close);
     forwarder.drain().await;
     assert_eq!(world.committed(&source).await, BTreeMap::from([(1, by_block(&records))]));
 }
@@ -293,7 +293,7 @@ async fn another_receiver_that_took_the_log_fences_this_one_and_its_epoch_stays_
     let mut events = forwarder.events();
     let first = source.close(1, &[], None);
     stage_epoch(&stage, &first, &[]).await;
-    forwarder.handle().closed(volume, first.clone());
+    forwarder.handle().closed(volume, Hold::NONE, first.clone());
     until_committed(&mut events, first.id()).await;
     let winner = ReceiverId([7; 16]);
     let taken = LogWriter::open(&world.store, &source.header, winner, &Clock::manual(UnixMillis(0))).await;
@@ -301,12 +301,48 @@ async fn another_receiver_that_took_the_log_fences_this_one_and_its_epoch_stays_
     let records = [source.record(2, 1, 1)];
     let second = source.close(2, &records, None);
     stage_epoch(&stage, &second, &records).await;
-    forwarder.handle().closed(volume, second);
-    let ForwardEvent::Lost { volume: lost, code, text } = next(&mut events).await else { panic!("not lost") };
+    forwarder.handle().closed(volume, Hold::NONE, second);
+    let ForwardEvent::Lost { volume: lost, code, text, .. } = next(&mut events).await else { panic!("not lost") };
     assert_eq!((lost, code), (volume, RefusalCode::Fenced));
     assert!(text.contains(&winner.to_string()), "{text}");
     assert_eq!(stage.staged_records(volume, Epoch(2)).len(), 1);
     assert_eq!(world.committed(&source).await.keys().copied().collect::<Vec<_>>(), [1]);
+}
+
+#[tokio::test]
+async fn a_right_that_another_receiver_took_is_known_to_be_lost_and_not_taken_back_for_leftovers() {
+    let mut source = Source::new(1);
+    let volume = source.volume();
+    let world = World::new(&[&source]).await;
+    let stage = world.stage().await;
+    let forwarder = world.forwarder(&stage, Duration::ZERO);
+    let mut events = forwarder.events();
+    let handle = forwarder.handle();
+    let taken = handle.take(source.header.clone(), false).await.expect("it works").expect("a claim takes it");
+    assert!(taken.continues, "nobody had it before");
+    assert!(handle.holds(volume, taken.hold).await.expect("it works"));
+    let first = source.close(1, &[], None);
+    stage_epoch(&stage, &first, &[]).await;
+    handle.closed(volume, taken.hold, first.clone());
+    until_committed(&mut events, first.id()).await;
+    assert!(handle.holds(volume, taken.hold).await.expect("it works"), "its own entries take nothing from it");
+    let again = handle.take(source.header.clone(), true).await.expect("it works").expect("its own leftovers go on");
+    assert!(again.continues && again.head.close == first.id());
+    assert!(!handle.holds(volume, taken.hold).await.expect("it works"), "the earlier taking is over");
+
+    let winner = ReceiverId([7; 16]);
+    let other = LogWriter::open(&world.store, &source.header, winner, &Clock::manual(UnixMillis(0))).await;
+    other.expect("the log is free to take");
+    assert!(!handle.holds(volume, again.hold).await.expect("it works"));
+    assert!(handle.take(source.header.clone(), true).await.expect("it works").is_none(), "it is the winner's");
+    let second = source.close(2, &[], None);
+    stage_epoch(&stage, &second, &[]).await;
+    handle.closed(volume, taken.hold, second.clone());
+    handle.closed(volume, again.hold, second);
+    let ForwardEvent::Lost { hold, code, .. } = next(&mut events).await else { panic!("not lost") };
+    assert_eq!((hold, code), (again.hold, RefusalCode::Fenced), "closes of an earlier load are not even tried");
+    let back = handle.take(source.header.clone(), false).await.expect("it works").expect("a claim takes it");
+    assert!(!back.continues, "what was staged before may be forgotten by its sender");
 }
 
 #[tokio::test]
@@ -320,7 +356,7 @@ async fn a_close_that_does_not_follow_the_log_is_lost_and_nothing_is_written() {
     source.close(1, &[], None);
     let second = source.close(2, &[], None);
     stage_epoch(&stage, &second, &[]).await;
-    forwarder.handle().closed(volume, second);
+    forwarder.handle().closed(volume, Hold::NONE, second);
     let ForwardEvent::Lost { code, .. } = next(&mut events).await else { panic!("not lost") };
     assert_eq!(code, RefusalCode::Failed);
     assert!(world.committed(&source).await.is_empty());
@@ -340,7 +376,7 @@ async fn a_store_that_fails_is_tried_until_it_works() {
     let records = [source.record(1, 1, 1)];
     let close = source.close(1, &records, None);
     stage_epoch(&stage, &close, &records).await;
-    forwarder.handle().closed(volume, close.clone());
+    forwarder.handle().closed(volume, Hold::NONE, close.clone());
     assert!(tokio::time::timeout(Duration::from_millis(300), events.recv()).await.is_err(), "nothing is told yet");
     assert!(world.committed(&source).await.is_empty());
     std::fs::remove_file(&folder).expect("removable");
@@ -379,7 +415,7 @@ async fn a_damaged_epoch_is_not_committed_but_dropped() {
     damage(world.dir.path(), &records[20]);
     let forwarder = world.forwarder(&stage, Duration::ZERO);
     let mut events = forwarder.events();
-    forwarder.handle().closed(volume, close);
+    forwarder.handle().closed(volume, Hold::NONE, close);
     let ForwardEvent::Lost { code, text, .. } = next(&mut events).await else { panic!("not lost") };
     assert_eq!(code, RefusalCode::Failed);
     assert!(text.contains("block 20"), "{text}");
@@ -399,7 +435,7 @@ async fn a_checkpoint_is_made_after_many_entries() {
         let records = [source.record(epoch, epoch, 1)];
         let close = source.close(epoch, &records, Some(Consistency::Crash));
         stage_epoch(&stage, &close, &records).await;
-        forwarder.handle().closed(volume, close.clone());
+        forwarder.handle().closed(volume, Hold::NONE, close.clone());
         until_committed(&mut events, close.id()).await;
     }
     forwarder.drain().await;

@@ -1,7 +1,7 @@
 //! The server: the one place of the receiver that sees all stages. Starts them in order, and ends them in reverse.
 //!
 //! Start: data directory and lock, store (probed), fleet, stage (recovered), forwarder, ports, volumes, then senders are let in.
-//! End, on SIGTERM: senders are told to come back later, what is closed is forwarded, the stage is closed. A second signal
+//! End, on SIGTERM: senders are told to go to another receiver, what is closed is forwarded, the stage is closed. A second signal
 //! ends at once; nothing acknowledged is lost then either, it is forwarded at the next start.
 
 mod identity;
@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+use catalog::fleet::receivers::ReceiverState;
 use catalog::fleet::{Fleet, FleetError};
 use catalog::store::StoreError;
 use common::budget::{Budget, BudgetError, MemoryTable};
@@ -31,7 +32,9 @@ use tokio_util::sync::CancellationToken;
 use crate::accept::{self, AcceptLimits, Acceptor, Revoked};
 use crate::config::RunConfig;
 use crate::control::ControlService;
+use crate::drain::{self, Draining};
 use crate::forward::{ForwardConfig, Forwarder};
+use crate::registry::{self, Place, Registry, Standing};
 use crate::stage::{Stage, StageConfig, StageError};
 use crate::volumes::Volumes;
 use identity::IdentityFileError;
@@ -43,6 +46,8 @@ const ENDPOINT_FILE: &str = "endpoint.json";
 const CERTIFICATE_INTERVAL: Duration = Duration::from_secs(24 * 3600);
 /// How long a stop waits for the store to take what is closed.
 const DRAIN_TIME: Duration = Duration::from_secs(60);
+/// How long a stop waits for the store to take the news of it.
+const FAREWELL_TIME: Duration = Duration::from_secs(5);
 /// Times that a free port is sought which both TCP and UDP can have.
 const PORT_ATTEMPTS: u32 = 64;
 
@@ -126,7 +131,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     let store = config.fleet.open_store().await?;
     store.probe().await?;
     let fleet = Arc::new(Fleet::open_or_create(&store, &data_dir, clock.clone()).await?);
-    let stage = open_stage(&config, &data_dir).await?;
+    let (stage, stage_capacity) = open_stage(&config, &data_dir).await?;
 
     let (tcp, endpoint, address) = {
         let certificate = ServerCertificate::new(&fleet.authority.issue_receiver(receiver, &config.name)?)?;
@@ -157,14 +162,31 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     let volumes = Arc::new(Volumes::new(
         Arc::new(StageOfVolumes(stage.clone())),
         Arc::new(forwarder.handle()),
-        Arc::new(StoreOfVolumes(store.clone())),
+        Arc::new(StoreOfVolumes { store: store.clone(), forward: forwarder.handle() }),
     ));
     let reports = tokio::spawn(staging::report(forwarder.events(), Arc::clone(&volumes)));
     let relieving = tokio::spawn(staging::relieve(stage.intake(), Arc::clone(&volumes)));
     volumes.recover().await;
 
-    let receivers = config.advertise.iter().map(ToString::to_string).collect();
-    let service = ControlService::new(Arc::clone(&fleet), store.clone(), Arc::clone(&volumes), receiver, receivers);
+    let draining = Draining::default();
+    let standing = {
+        let (stage, volumes) = (stage.clone(), Arc::clone(&volumes));
+        move || {
+            let (volumes, sessions) = volumes.counts();
+            Standing { stage_used: stage.used_bytes(), volumes, sessions }
+        }
+    };
+    let place = Place {
+        receiver,
+        name: config.name.clone(),
+        addresses: config.addresses(address),
+        stage_capacity,
+        heartbeat: config.heartbeat,
+    };
+    let registry = Registry::new(store.clone(), clock.clone(), place, standing)?;
+    let registry = Arc::new(registry);
+    let service =
+        ControlService::new(Arc::clone(&fleet), store.clone(), Arc::clone(&volumes), receiver, Arc::clone(&registry));
     let routes = tonic::service::Routes::new(pb::control_server::ControlServer::new(service));
     let stop = CancellationToken::new();
     let (listener, control) = tcp;
@@ -174,6 +196,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
         volumes: Arc::clone(&volumes),
         budget: budget.clone(),
         revoked: revoked(Arc::clone(&fleet)),
+        draining: draining.clone(),
         window_bytes: config.quic_memory_bytes,
         limits: AcceptLimits::default(),
     });
@@ -184,12 +207,24 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
     let (listen, chosen) = config.metrics_listen;
     let scrape = scrape(budget, stage.intake(), readiness.clone());
     let metrics = Endpoint::new(recorder, readiness).on_scrape(scrape).serve(listen, chosen).await?;
+    let left = staging::left(stage.clone(), Arc::clone(&volumes));
+    let commands = drain::serve(&data_dir, draining.clone(), left)
+        .map_err(|source| ServerError::DataDir { path: data_dir.join("control.sock"), source })?;
+    registry.announce(ReceiverState::Serving).await;
+    let heartbeat = registry::start(&registry);
+    let obeying = tokio::spawn(staging::drain_once_asked(
+        draining.clone(),
+        Arc::clone(&registry),
+        Arc::clone(&volumes),
+        stage.clone(),
+    ));
     write_endpoint(&data_dir, address, metrics.as_ref().map(|serving| serving.address))?;
     tracing::info!(%address, fleet = %fleet.id(), receiver = %receiver, store = store.url(), "ready");
 
     let signal = shutdown.requested().await;
     tracing::info!("stopping: what is closed is forwarded first; a second signal ends at once");
     let _ = std::fs::remove_file(data_dir.join(ENDPOINT_FILE));
+    draining.begin();
     stop.cancel();
     let _ = accepting.await;
     let _ = serving.await;
@@ -198,17 +233,21 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, ServerError> {
             "the store did not take all that is closed in time; the rest stays staged and goes at the next start"
         );
     }
-    for task in [reports, relieving] {
+    drop(heartbeat);
+    if tokio::time::timeout(FAREWELL_TIME, registry.announce(ReceiverState::Gone)).await.is_err() {
+        tracing::warn!("the store did not take the news that this receiver stopped: it is shown as stale");
+    }
+    for task in [reports, relieving, obeying] {
         task.abort();
         let _ = task.await;
     }
-    drop(volumes);
+    drop((commands, registry, volumes));
     stage.shutdown().await;
     tracing::info!("stopped");
     Ok(signal.exit_code())
 }
 
-async fn open_stage(config: &RunConfig, data_dir: &Path) -> Result<Stage, ServerError> {
+async fn open_stage(config: &RunConfig, data_dir: &Path) -> Result<(Stage, u64), ServerError> {
     let dir = data_dir.join("stage");
     let failed = |source: std::io::Error| ServerError::DataDir { path: data_dir.to_owned(), source };
     let disk = rustix::fs::statvfs(data_dir).map_err(|error| failed(error.into()))?;
@@ -221,7 +260,7 @@ async fn open_stage(config: &RunConfig, data_dir: &Path) -> Result<Stage, Server
         capacity = %ByteCount(capacity.bytes()), used = %ByteCount(stage.used_bytes()), volumes = recovered.volumes.len(), epochs,
         damaged = recovered.damaged.len(), "stage open"
     );
-    Ok(stage)
+    Ok((stage, capacity.bytes()))
 }
 
 /// TCP and UDP sockets on one port number: the one asked for, or for port 0 one that both can have.
@@ -344,6 +383,12 @@ fn describe_metrics() {
     );
     describe_counter!("blockferry_receiver_committed_bytes_total", Unit::Bytes, "Record bytes committed to the store.");
     describe_counter!("blockferry_receiver_points_total", Unit::Count, "Committed recovery points, by consistency.");
+    describe_counter!(
+        "blockferry_receiver_takeovers_total",
+        Unit::Count,
+        "Volumes taken over from other receivers of the fleet."
+    );
+    describe_gauge!("blockferry_receiver_draining", Unit::Count, "1 from a drain's begin on, else 0.");
     describe_counter!("blockferry_receiver_errors_total", Unit::Count, "Errors, by kind.");
     describe_gauge!("blockferry_receiver_connections", Unit::Count, "Connections of machines.");
     describe_histogram!(

@@ -3,12 +3,14 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use catalog::fleet::receivers::ReceiverState;
 use catalog::store::Store;
-use catalog::volume::checkpoint::open_view;
+use catalog::volume::LogError;
 use catalog::volume::header::{self, HeaderError};
 use common::budget::Permit;
 use common::error::{Dispose, Disposition};
 use common::format::close::Close;
+use common::format::frame::RefusalCode;
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
 use common::ids::{Epoch, SessionId, VolumeId};
@@ -16,10 +18,12 @@ use common::session::{ClosedEpoch, StagedRecord};
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, watch};
 
-use crate::forward::ForwardEvent;
+use crate::drain::{Draining, Left};
+use crate::forward::{ForwardEvent, ForwardHandle, Taken};
+use crate::registry::Registry;
 use crate::stage::{self, Stage, StageError, VolumeIntake};
 use crate::verify;
-use crate::volumes::{Catalog, Intake, Loaded, Pending, Recovered, Staging, VolumeError, Volumes};
+use crate::volumes::{Catalog, Hold, Intake, Loaded, Pending, Purpose, Recovered, Staging, VolumeError, Volumes};
 
 /// The stage as volumes see it.
 pub(super) struct StageOfVolumes(pub(super) Stage);
@@ -112,22 +116,49 @@ impl Staging for StageOfVolumes {
     }
 }
 
-/// The store as volumes see it.
-pub(super) struct StoreOfVolumes(pub(super) Store);
+/// The store as volumes see it; the forwarder has the right to write their logs.
+pub(super) struct StoreOfVolumes {
+    pub(super) store: Store,
+    pub(super) forward: ForwardHandle,
+}
+
+async fn read_header(store: &Store, volume: VolumeId) -> Result<VolumeHeader, VolumeError> {
+    match header::read(store, volume).await {
+        Ok(stored) => Ok(stored.header),
+        Err(HeaderError::NoVolume { volume }) => Err(VolumeError::NotFound(volume)),
+        Err(error) => Err(VolumeError::Failed(error.to_string())),
+    }
+}
+
+fn log_failed(error: LogError) -> VolumeError {
+    match error {
+        LogError::Fenced { .. } => VolumeError::Fenced(error.to_string()),
+        error => VolumeError::Failed(error.to_string()),
+    }
+}
 
 impl Catalog for StoreOfVolumes {
-    fn load(&self, volume: VolumeId) -> Pending<Loaded> {
-        let store = self.0.clone();
+    fn header(&self, volume: VolumeId) -> Pending<VolumeHeader> {
+        let store = self.store.clone();
+        Box::pin(async move { read_header(&store, volume).await })
+    }
+
+    fn take(&self, volume: VolumeId, purpose: Purpose) -> Pending<Option<Loaded>> {
+        let (store, forward) = (self.store.clone(), self.forward.clone());
         Box::pin(async move {
-            let header = match header::read(&store, volume).await {
-                Ok(stored) => stored.header,
-                Err(HeaderError::NoVolume { volume }) => return Err(VolumeError::NotFound(volume)),
-                Err(error) => return Err(VolumeError::Failed(error.to_string())),
-            };
-            let view = open_view(&store, &header).await.map_err(|error| VolumeError::Failed(error.to_string()))?;
-            let committed = ClosedEpoch { epoch: view.position.last_epoch(), close: view.position.head_id() };
-            Ok(Loaded { header, committed })
+            let header = read_header(&store, volume).await?;
+            let leftovers = purpose == Purpose::Leftovers;
+            let taken = forward.take(header.clone(), leftovers).await.map_err(log_failed)?;
+            Ok(taken.map(|Taken { head, hold, continues }| {
+                let committed = ClosedEpoch { epoch: head.epoch, close: head.close };
+                Loaded { header, committed, hold, continues }
+            }))
         })
+    }
+
+    fn holds(&self, volume: VolumeId, hold: Hold) -> Pending<bool> {
+        let forward = self.forward.clone();
+        Box::pin(async move { forward.holds(volume, hold).await.map_err(log_failed) })
     }
 }
 
@@ -136,9 +167,44 @@ pub(super) async fn report(mut events: mpsc::UnboundedReceiver<ForwardEvent>, vo
     while let Some(event) = events.recv().await {
         match event {
             ForwardEvent::Committed { volume, close } => volumes.handle_committed(volume, close),
-            ForwardEvent::Lost { volume, code, text } => volumes.handle_lost(volume, code, &text),
+            ForwardEvent::Lost { volume, hold, code, text } => {
+                volumes.handle_lost(volume, hold, code, &text);
+                if code == RefusalCode::Fenced {
+                    let volumes = Arc::clone(&volumes);
+                    tokio::spawn(async move {
+                        // What is not dropped now is at the volume's next load.
+                        if let Err(error) = volumes.settle(volume).await {
+                            tracing::warn!(%volume, %error, "what is staged of a lost volume could not be dropped yet");
+                        }
+                    });
+                }
+            }
         }
     }
+}
+
+/// What a drain waits for: sessions, and closed epochs in the stage.
+pub(super) fn left(stage: Stage, volumes: Arc<Volumes>) -> Left {
+    Arc::new(move || {
+        let closed = stage.volumes().into_iter().flat_map(|volume| stage.volume(volume).epochs);
+        closed.filter(|epoch| epoch.close.is_some()).count() + volumes.counts().1
+    })
+}
+
+/// Once asked to drain: tells the fleet, and takes care of staged volumes that nobody claimed.
+pub(super) async fn drain_once_asked(draining: Draining, registry: Arc<Registry>, volumes: Arc<Volumes>, stage: Stage) {
+    metrics::gauge!("blockferry_receiver_draining").set(0.0);
+    draining.asked().await;
+    metrics::gauge!("blockferry_receiver_draining").set(1.0);
+    tracing::info!("draining: senders are told to go elsewhere, what is closed is forwarded");
+    registry.announce(ReceiverState::Draining).await;
+    let left = left(stage, Arc::clone(&volumes));
+    while left() > 0 {
+        // One that could not be loaded before, or was lost since.
+        volumes.recover().await;
+        tokio::time::sleep(SHED_INTERVAL).await;
+    }
+    tracing::info!("drained: nothing that is closed is left here");
 }
 
 /// How long the stage has been full before the room of open epochs is taken.

@@ -16,7 +16,7 @@ use futures::{FutureExt as _, StreamExt as _};
 use tokio::sync::{Notify, futures::Notified};
 use tokio_util::sync::CancellationToken;
 
-use super::{Forwarding, Staging, VolumeError};
+use super::{Forwarding, Hold, Staging, VolumeError};
 
 /// What travels with a record to the stage.
 #[derive(Debug)]
@@ -61,6 +61,7 @@ struct State {
 /// A loaded volume.
 pub struct Volume {
     id: VolumeId,
+    hold: Hold,
     state: Mutex<State>,
     /// The volume's task looks for events again.
     work: Notify,
@@ -79,6 +80,7 @@ impl Volume {
     /// Starts the volume's task. Must be called within a runtime.
     pub(super) fn start(
         header: Arc<VolumeHeader>,
+        hold: Hold,
         facts: Facts,
         staging: Arc<dyn Staging>,
         forwarding: Arc<dyn Forwarding>,
@@ -86,6 +88,7 @@ impl Volume {
         let scope = Arc::new(Scope { number: 0, over: CancellationToken::new() });
         let volume = Arc::new(Self {
             id: header.volume,
+            hold,
             state: Mutex::new(State {
                 header,
                 session: ReceiverSession::new(facts),
@@ -107,6 +110,18 @@ impl Volume {
     #[must_use]
     pub fn id(&self) -> VolumeId {
         self.id
+    }
+
+    /// The right to write its log under which it was loaded.
+    #[must_use]
+    pub fn hold(&self) -> Hold {
+        self.hold
+    }
+
+    /// The session that was granted last in this process.
+    #[must_use]
+    pub fn session(&self) -> Option<SessionId> {
+        self.lock().session.session()
     }
 
     /// Its header as it was loaded, or as it was when the disk grew last.
@@ -424,7 +439,7 @@ impl Work {
             Ok(()) => {
                 self.volume.lock().session.handle_close_staged(close.id());
                 self.volume.frames.notify_waiters();
-                self.forwarding.closed(self.volume.id(), close);
+                self.forwarding.closed(self.volume.id(), self.volume.hold(), close);
             }
             Err(error) => {
                 self.report(&error, "a close was not accepted");
@@ -452,6 +467,7 @@ fn refusal_kind(code: RefusalCode) -> &'static str {
         RefusalCode::Protocol => "protocol",
         RefusalCode::Fenced => "fenced",
         RefusalCode::GoingAway => "going_away",
+        RefusalCode::Draining => "draining",
         RefusalCode::Failed => "failed",
     }
 }

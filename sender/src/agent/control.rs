@@ -22,6 +22,7 @@ use tonic::transport::Channel;
 use tonic::{Code, Request, Status};
 
 use super::AgentError;
+use crate::send::KnownReceiver;
 
 /// Longest wait for one answer: the receiver reads and writes its store meanwhile.
 const CALL_TIMEOUT: Duration = Duration::from_secs(60);
@@ -32,7 +33,12 @@ const RENEW_BEFORE: Duration = Duration::from_secs(10 * 24 * 3600);
 pub(crate) struct Control {
     client: ControlClient<Channel>,
     host: HostPort,
+    receivers: Vec<KnownReceiver>,
 }
+
+/// Receivers that a fleet may list, and addresses of one.
+const RECEIVERS_MAX: usize = 64;
+const ADDRESSES_MAX: usize = 8;
 
 /// What the store says of a volume of this machine.
 pub(crate) struct KnownVolume {
@@ -54,7 +60,7 @@ impl Control {
         let config = tls::client_config(enrolment.authority(), Some(&credentials), tls::ALPN_CONTROL)
             .map_err(|error| AgentError::Setup(error.to_string()))?;
         let config = Arc::new(config);
-        let mut tried = Vec::new();
+        let (mut tried, mut refused) = (Vec::new(), None);
         for host in &enrolment.receivers {
             let channel = match grpc::connect(host, Arc::clone(&config)).await {
                 Ok(channel) => channel,
@@ -62,16 +68,31 @@ impl Control {
                     tried.push(error.to_string());
                     continue;
                 }
-                Err(error) => return Err(AgentError::Refused { host: host.clone(), reason: error.to_string() }),
+                // An address may be somebody else's by now; another receiver may know better.
+                Err(error) => {
+                    refused = Some(AgentError::Refused { host: host.clone(), reason: error.to_string() });
+                    continue;
+                }
             };
-            let mut control = Self { client: ControlClient::new(channel), host: host.clone() };
+            let mut control = Self { client: ControlClient::new(channel), host: host.clone(), receivers: Vec::new() };
             match control.hello().await {
                 Ok(()) => return Ok(control),
                 Err(AgentError::Unreachable { tried: reason }) => tried.push(reason),
-                Err(error) => return Err(error),
+                Err(error) => refused = Some(error),
             }
         }
-        Err(AgentError::Unreachable { tried: tried.join("; ") })
+        match refused {
+            Some(refused) if tried.is_empty() => Err(refused),
+            refused => {
+                tried.extend(refused.map(|error| error.to_string()));
+                Err(AgentError::Unreachable { tried: tried.join("; ") })
+            }
+        }
+    }
+
+    /// The fleet's receivers, as the one that answered lists them; the address at which it answered is the first of its own.
+    pub(crate) fn receivers(&self) -> &[KnownReceiver] {
+        &self.receivers
     }
 
     async fn hello(&mut self) -> Result<(), AgentError> {
@@ -86,7 +107,11 @@ impl Control {
             let reason = format!("it chose protocol version {}, this sender speaks {}", reply.protocol, version::OURS);
             return Err(AgentError::Refused { host: self.host.clone(), reason });
         }
-        tracing::info!(receiver = %self.host, protocol = reply.protocol, software = %reply.software_version, "connected");
+        self.receivers = known_receivers(&self.host, &reply);
+        tracing::debug!(
+            receiver = %self.host, protocol = reply.protocol, software = %reply.software_version, fleet = self.receivers.len(),
+            "a receiver answers"
+        );
         Ok(())
     }
 
@@ -206,6 +231,27 @@ impl Control {
             _ => AgentError::Refused { host: self.host.clone(), reason },
         }
     }
+}
+
+/// What a reply lists; addresses that can't be parsed are left out.
+fn known_receivers(answered: &HostPort, reply: &pb::HelloReply) -> Vec<KnownReceiver> {
+    let mut found = Vec::new();
+    for receiver in reply.fleet.iter().take(RECEIVERS_MAX) {
+        let mut hosts: Vec<HostPort> = Vec::new();
+        if receiver.id == reply.receiver_id {
+            hosts.push(answered.clone());
+        }
+        for host in receiver.addresses.iter().take(ADDRESSES_MAX).filter_map(|text| text.parse().ok()) {
+            if !hosts.contains(&host) {
+                hosts.push(host);
+            }
+        }
+        if !hosts.is_empty() {
+            let (draining, stale) = (receiver.draining, receiver.stale);
+            found.push(KnownReceiver { hosts, load_percent: receiver.load_percent, draining, stale });
+        }
+    }
+    found
 }
 
 fn timed<T>(message: T) -> Request<T> {

@@ -4,6 +4,7 @@
 mod captures;
 mod control;
 mod cuts;
+mod fleet;
 mod grow;
 mod orders;
 mod prepare;
@@ -42,7 +43,7 @@ use crate::epoch::EpochError;
 use crate::events::{EventKind, Events};
 use crate::register;
 use crate::seal_pool::{PassError, SealPool};
-use crate::send::{Route, SendError, Sender};
+use crate::send::{Choice, Route, SendError, Sender};
 use crate::spec::{VolumeSpec, ZstdLevel};
 use crate::state::{StateDir, StateError};
 use captures::Captures;
@@ -57,8 +58,6 @@ pub use volume::{Order, Outcome};
 const ONCE_PATIENCE: Duration = Duration::from_secs(120);
 /// How soon calls that a receiver did not answer are made again.
 const CALL_PAUSE: Duration = Duration::from_millis(500);
-/// How often a long run looks whether its certificate is due for renewal.
-const RENEWAL_INTERVAL: Duration = Duration::from_secs(6 * 3600);
 
 /// Why a run failed. The text names the volume, file or host, and the next step.
 #[derive(Debug, thiserror::Error)]
@@ -377,7 +376,16 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     drop(key_file);
 
     let (tls, newest_tls) = watch::channel(data_tls(&enrolment)?);
-    let sender = Sender::start(route(&config, newest_tls, enrolment.receivers.clone())?);
+    let known = fleet::candidates(&enrolment.receivers, control.receivers());
+    drop(control);
+    let choice = Choice::new(known.clone());
+    let unfinished = ready.iter().any(|(_, prepared, _)| !prepared.state.journaled().is_empty());
+    if let Some(last_used) = enrolment.receivers.first().filter(|_| unfinished) {
+        // What an earlier start closed may lie there, staged: it need not travel again.
+        choice.connected(last_used);
+    }
+    fleet::remember(&mut enrolment, &known, None, &config.state_dir);
+    let sender = Sender::start(route(&config, newest_tls, choice)?);
     let level = match config.zstd_level {
         ZstdLevel::Auto => 1,
         ZstdLevel::Fixed(level) => level,
@@ -387,7 +395,7 @@ pub async fn run(config: RunConfig) -> Result<ExitCode, AgentError> {
     let Handle { board, requests } = control_handle;
     let shared = Shared { config, budget, clock, pool, sender, shutdown: shutdown.clone(), events, board, points };
     let shared = Arc::new(shared);
-    let renewal = tokio::spawn(keep_renewed(enrolment, Arc::clone(&shared), tls));
+    let renewal = tokio::spawn(fleet::keep(enrolment, Arc::clone(&shared), tls));
     let mut tasks = JoinSet::new();
     let mut reach = BTreeMap::new();
     for (spec, prepared, capture) in ready {
@@ -534,10 +542,12 @@ async fn connect(
 async fn watch_link(shared: Arc<Shared>) {
     let mut state = shared.sender.state();
     let mut connected_before = None;
+    let mut receiver_before = String::new();
     loop {
         let link = state.borrow_and_update().clone();
         shared.board.update_link(|status| {
             status.connected = link.connected;
+            status.receiver = if link.connected { link.receiver.clone() } else { String::new() };
             status.transport = if link.connected { "quic".to_owned() } else { String::new() };
             status.last_error = link.last_error.clone().unwrap_or_default();
         });
@@ -546,8 +556,17 @@ async fn watch_link(shared: Arc<Shared>) {
                 let text = link.last_error.clone().unwrap_or_else(|| "the link broke".to_owned());
                 shared.events.note("", EventKind::Disconnected, text);
             }
-            Some(false) if link.connected => shared.events.note("", EventKind::Reconnected, "there is a link again"),
+            Some(false) if link.connected && link.receiver == receiver_before => {
+                shared.events.note("", EventKind::Reconnected, "there is a link again");
+            }
+            Some(false) if link.connected => {
+                let text = format!("from receiver {receiver_before} to {}", link.receiver);
+                shared.events.note("", EventKind::Moved, text);
+            }
             _ => {}
+        }
+        if link.connected {
+            receiver_before = link.receiver;
         }
         // Before the first connection there is none to come back.
         if link.connected || connected_before.is_some() {
@@ -562,7 +581,7 @@ async fn watch_link(shared: Arc<Shared>) {
 fn route(
     config: &RunConfig,
     tls: watch::Receiver<Arc<rustls::ClientConfig>>,
-    receivers: Vec<HostPort>,
+    choice: Choice,
 ) -> Result<Route, AgentError> {
     let (endpoint, granted) = quic::client_endpoint(&config.quic)?;
     if granted.send_bytes < 1 << 20 {
@@ -571,31 +590,13 @@ fn route(
             "the kernel grants small UDP buffers, which costs throughput: raise net.core.rmem_max and net.core.wmem_max"
         );
     }
-    Ok(Route { endpoint, receivers, tls, tuning: config.quic.clone() })
+    Ok(Route { endpoint, choice, tls, tuning: config.quic.clone() })
 }
 
 fn data_tls(enrolment: &Enrolment) -> Result<Arc<rustls::ClientConfig>, AgentError> {
     let credentials = enrolment.credentials();
     let tls = tls::client_config(enrolment.authority(), Some(&credentials), tls::ALPN_DATA);
     tls.map(Arc::new).map_err(|error| AgentError::Setup(error.to_string()))
-}
-
-/// Renews the certificate of a long run, ten days before its end: it is kept for the next start, and every connection made
-/// from then on shows it.
-async fn keep_renewed(mut enrolment: Enrolment, shared: Arc<Shared>, tls: watch::Sender<Arc<rustls::ClientConfig>>) {
-    loop {
-        tokio::time::sleep(RENEWAL_INTERVAL).await;
-        let renewed = async {
-            let mut control = Control::connect(&enrolment).await?;
-            if control.renew_if_due(&mut enrolment, &shared.config.state_dir, shared.clock.now()).await? {
-                tls.send_replace(data_tls(&enrolment)?);
-            }
-            Ok::<_, AgentError>(())
-        };
-        if let Err(error) = renewed.await {
-            tracing::warn!(%error, "could not renew this machine's certificate; trying again later");
-        }
-    }
 }
 
 fn scrape(budget: &Budget, points: &Ages, clock: &Clock) -> impl Fn() + Send + Sync + 'static {

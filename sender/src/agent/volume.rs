@@ -367,6 +367,9 @@ impl VolumeAgent {
                 RefusalCode::GoingAway | RefusalCode::Failed => {
                     tracing::warn!(volume = %self.name, reason = %text, "the receiver asks to come back later");
                 }
+                RefusalCode::Draining | RefusalCode::Fenced => {
+                    tracing::warn!(volume = %self.name, reason = %text, "the receiver lets go of the volume");
+                }
                 _ => return Err(self.refused(code, &text)),
             },
             SenderEvent::Opened { .. } | SenderEvent::Staged { .. } | SenderEvent::Closed(_) => {}

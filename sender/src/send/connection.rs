@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use common::net::backoff::Backoff;
 use common::net::quic;
+use common::net::resolve::HostPort;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
@@ -12,8 +13,15 @@ use super::{LinkState, Route};
 /// A connection that lived this long counts as a success: the next wait is short again.
 const LASTED: Duration = Duration::from_secs(10);
 
+/// Longest wait after a connection broke that stood for a while, where there is another receiver to go to.
+const ELSEWHERE_WAIT_MAX: Duration = Duration::from_secs(1);
+
 /// The close code by which a receiver says that this machine may not send: `CLOSED_NOT_ALLOWED` of its `accept`.
 const CLOSED_NOT_ALLOWED: quinn::VarInt = quinn::VarInt::from_u32(2);
+/// The close code by which a receiver says that it drains: `CLOSED_DRAINING` of its `accept`.
+const CLOSED_DRAINING: quinn::VarInt = quinn::VarInt::from_u32(4);
+/// The close code by which this sender leaves a receiver that drains, or goes on failing.
+pub(super) const CLOSED_LEAVING: quinn::VarInt = quinn::VarInt::from_u32(5);
 
 /// Connects, publishes the connection, waits for its end, and starts over, until stopped.
 pub(super) async fn keep(
@@ -24,16 +32,21 @@ pub(super) async fn keep(
 ) {
     let mut backoff = Backoff::for_connections();
     loop {
-        let mut refused = None;
+        let (mut refused, mut leaving, mut stood) = (None, false, false);
         let connected = tokio::select! {
             () = stop.cancelled() => return,
             connected = connect(&route) => connected,
         };
         let error = match connected {
-            Ok(connection) => {
+            Ok((host, connection)) => {
                 let since = Instant::now();
-                tracing::info!(address = %connection.remote_address(), "connected to the receiver");
-                state.send_modify(|state| state.connected = true);
+                stood = true;
+                tracing::info!(%host, address = %connection.remote_address(), "connected to the receiver");
+                route.choice.connected(&host);
+                state.send_modify(|state| {
+                    state.connected = true;
+                    state.receiver = host.to_string();
+                });
                 published.send_replace(Some(connection.clone()));
                 let error = tokio::select! {
                     () = stop.cancelled() => {
@@ -48,22 +61,37 @@ pub(super) async fn keep(
                 if since.elapsed() >= LASTED {
                     backoff.reset();
                 }
-                if let quinn::ConnectionError::ApplicationClosed(close) = &error
-                    && close.error_code == CLOSED_NOT_ALLOWED
-                {
-                    refused = Some(String::from_utf8_lossy(&close.reason).into_owned());
+                match &error {
+                    quinn::ConnectionError::ApplicationClosed(close) if close.error_code == CLOSED_NOT_ALLOWED => {
+                        refused = Some(String::from_utf8_lossy(&close.reason).into_owned());
+                    }
+                    quinn::ConnectionError::ApplicationClosed(close) if close.error_code == CLOSED_DRAINING => {
+                        route.choice.leave(tokio::time::Instant::now());
+                        leaving = true;
+                    }
+                    // A session closed it, after it told the choice why.
+                    quinn::ConnectionError::LocallyClosed => leaving = true,
+                    _ => {}
                 }
                 error.to_string()
             }
             Err(error) => error,
         };
-        let wait = backoff.next_wait(random());
+        // Where there is another receiver to go to, nothing is to be waited for; or not for long, after a connection that stood.
+        let now = tokio::time::Instant::now();
+        let wait = if leaving && route.choice.has_alternative(now) {
+            Duration::ZERO
+        } else if stood && route.choice.has_others(now) {
+            backoff.next_wait(random()).min(ELSEWHERE_WAIT_MAX)
+        } else {
+            backoff.next_wait(random())
+        };
         tracing::warn!(%error, retry_ms = wait.as_millis(), "no connection to the receiver");
-        state.send_replace(LinkState {
-            connected: false,
-            failed_attempts: backoff.attempts(),
-            last_error: Some(error),
-            refused,
+        state.send_modify(|state| {
+            state.connected = false;
+            state.failed_attempts = backoff.attempts();
+            state.last_error = Some(error);
+            state.refused = refused;
         });
         metrics::counter!("blockferry_sender_errors_total", "kind" => "connection").increment(1);
         tokio::select! {
@@ -73,13 +101,17 @@ pub(super) async fn keep(
     }
 }
 
-async fn connect(route: &Route) -> Result<quinn::Connection, String> {
+/// Tries each receiver once, in the order of the choice. One that does not answer is waited for no longer than a connection
+/// may be silent.
+async fn connect(route: &Route) -> Result<(HostPort, quinn::Connection), String> {
     let mut tried = Vec::new();
-    for host in &route.receivers {
+    for host in route.choice.order(random(), tokio::time::Instant::now()) {
         let tls = route.tls.borrow().clone();
-        match quic::connect(&route.endpoint, host, tls, &route.tuning).await {
-            Ok(connection) => return Ok(connection),
-            Err(error) => tried.push(error.to_string()),
+        let connecting = quic::connect(&route.endpoint, &host, tls, &route.tuning);
+        match tokio::time::timeout(route.tuning.idle_timeout, connecting).await {
+            Ok(Ok(connection)) => return Ok((host, connection)),
+            Ok(Err(error)) => tried.push(error.to_string()),
+            Err(_) => tried.push(format!("{host}: no answer in {} s", route.tuning.idle_timeout.as_secs())),
         }
     }
     Err(tried.join("; "))

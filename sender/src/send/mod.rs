@@ -1,7 +1,7 @@
 //! Sending: drives [`common::session::SenderSession`] over QUIC.
 //!
-//! One [`Sender`] keeps one connection to the receiver, and makes it anew with backoff and jitter whenever it breaks, until
-//! it is told to stop. Any number of volumes share it, each with streams of its own; QUIC serves streams in turn, so that
+//! One [`Sender`] keeps one connection to one of the fleet's receivers, and makes it anew with backoff and jitter whenever it
+//! breaks, there or to another one ([`Choice`]), until it is told to stop. Any number of volumes share it, each with streams of its own; QUIC serves streams in turn, so that
 //! none starves. A [`VolumeSender`] takes sealed records with their budget permits, and closes; [`VolumeEvents`] tells
 //! what became of them.
 //!
@@ -11,6 +11,7 @@
 //! Tested against the receiver's own accepting side in `tests/tests/session_loopback.rs`.
 //! Never: reads a disk, seals, or decides what is in an epoch.
 
+mod choice;
 mod connection;
 mod volume;
 
@@ -20,11 +21,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::error::{Dispose, Disposition};
 use common::limits;
 use common::net::quic::QuicTuning;
-use common::net::resolve::HostPort;
 use common::session::{OfferError, SenderConfig};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+pub use choice::{Choice, KnownReceiver};
 pub use volume::{Sent, VolumeEvents, VolumeSender};
 
 /// Why a record or close was not taken.
@@ -56,8 +57,8 @@ impl Dispose for SendError {
 pub struct Route {
     /// The client's endpoint.
     pub endpoint: quinn::Endpoint,
-    /// Receivers, tried in this order at each attempt.
-    pub receivers: Vec<HostPort>,
+    /// The fleet's receivers; asked at each attempt.
+    pub choice: Choice,
     /// Identity and authority; the newest is taken at each attempt, so that a renewed certificate serves from then on.
     pub tls: watch::Receiver<Arc<rustls::ClientConfig>>,
     /// Windows, timeouts.
@@ -69,6 +70,8 @@ pub struct Route {
 pub struct LinkState {
     /// True while there is a connection.
     pub connected: bool,
+    /// The receiver that it leads to, or led to last; empty before the first.
+    pub receiver: String,
     /// Attempts that failed since the last connection that lasted.
     pub failed_attempts: u32,
     /// What went wrong last; `None` before anything did.
@@ -85,6 +88,7 @@ pub struct Sender {
     state: watch::Receiver<LinkState>,
     stop: CancellationToken,
     volumes: Arc<AtomicUsize>,
+    choice: Choice,
 }
 
 impl Sender {
@@ -94,14 +98,21 @@ impl Sender {
         let stop = CancellationToken::new();
         let (connection_tx, connection) = watch::channel(None);
         let (state_tx, state) = watch::channel(LinkState::default());
+        let choice = route.choice.clone();
         tokio::spawn(connection::keep(route, connection_tx, state_tx, stop.clone()));
-        Self { connection, state, stop, volumes: Arc::default() }
+        Self { connection, state, stop, volumes: Arc::default(), choice }
     }
 
     /// How the connection stands; changes wake the listener.
     #[must_use]
     pub fn state(&self) -> watch::Receiver<LinkState> {
         self.state.clone()
+    }
+
+    /// The fleet's receivers, as they are known here.
+    #[must_use]
+    pub fn choice(&self) -> &Choice {
+        &self.choice
     }
 
     /// Opens a volume's session and keeps it open over reconnections, under `name` in metrics and logs. Nothing is to be
@@ -116,7 +127,7 @@ impl Sender {
             return Err(SendError::TooManyVolumes(limit));
         }
         let place = Place(Arc::clone(&self.volumes));
-        Ok(volume::open(name, config, self.connection.clone(), self.stop.child_token(), place))
+        Ok(volume::open(name, config, self.connection.clone(), self.choice.clone(), self.stop.child_token(), place))
     }
 
     /// Ends all sessions and the connection.

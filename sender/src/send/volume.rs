@@ -10,21 +10,28 @@ use common::format::FormatError;
 use common::format::close::Close;
 use common::format::frame::{FRAME_HEAD_BYTES, Frame, PREAMBLE, RefusalCode, check_preamble};
 use common::format::record::Record;
-use common::ids::Epoch;
+use common::ids::{Epoch, SessionId};
 use common::net::backoff::Backoff;
+use common::net::quic::peer_identity;
+use common::rng;
 use common::session::{Offer, SenderConfig, SenderEvent, SenderSession, SessionError};
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::sync::{Notify, watch};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::connection::random;
-use super::{Place, SendError};
+use super::connection::{CLOSED_LEAVING, random};
+use super::{Choice, Place, SendError};
 
 /// Most bytes taken off a stream at once; what comes back is small.
 const READ_BYTES: usize = 64 << 10;
 /// How long a refusal may take to arrive behind the reset of a stream.
 const REFUSAL_TIME: std::time::Duration = std::time::Duration::from_secs(1);
+/// Refusals because of its own failure after which a receiver is left for another one.
+const FAILURES_MAX: u32 = 3;
+/// Longest pause between leaving a receiver and the look for a connection to another one.
+const LEAVE_TIME: std::time::Duration = std::time::Duration::from_millis(20);
 /// Code of streams reset because the session ended.
 const ENDED: quinn::VarInt = quinn::VarInt::from_u32(1);
 
@@ -220,6 +227,7 @@ pub(super) fn open(
     name: &str,
     config: SenderConfig,
     connection: watch::Receiver<Option<Connection>>,
+    choice: Choice,
     stop: CancellationToken,
     place: Place,
 ) -> (VolumeSender, VolumeEvents) {
@@ -234,7 +242,7 @@ pub(super) fn open(
         sent_bytes: AtomicU64::new(0),
     });
     let alive = Arc::new(stop.clone().drop_guard());
-    tokio::spawn(run(Arc::clone(&shared), connection, stop, place));
+    tokio::spawn(run(Arc::clone(&shared), connection, choice, stop, place));
     (VolumeSender { shared: Arc::clone(&shared), _alive: alive }, VolumeEvents(shared))
 }
 
@@ -265,6 +273,8 @@ enum Next {
     Again,
     /// The same again after a while.
     Later,
+    /// The same at another receiver, now.
+    Elsewhere,
     /// No more.
     Never,
 }
@@ -273,7 +283,8 @@ impl Broken {
     fn next(&self) -> Next {
         match self {
             Self::Connection(_) | Self::Write(_) | Self::Read(_) => Next::Again,
-            Self::Refused(RefusalCode::GoingAway | RefusalCode::Failed, _) => Next::Later,
+            Self::Refused(RefusalCode::Draining, _) => Next::Elsewhere,
+            Self::Refused(RefusalCode::GoingAway | RefusalCode::Failed | RefusalCode::Fenced, _) => Next::Later,
             Self::Refused(..) => Next::Never,
             Self::Session(error) if error.disposition() == Disposition::BadInput => Next::Never,
             Self::Finished | Self::Format(_) | Self::Session(_) | Self::Task => Next::Later,
@@ -284,10 +295,13 @@ impl Broken {
 async fn run(
     shared: Arc<Shared>,
     mut connection: watch::Receiver<Option<Connection>>,
+    choice: Choice,
     stop: CancellationToken,
     _place: Place,
 ) {
     let mut backoff = Backoff::for_connections();
+    let mut claimed_at = None;
+    let mut failures = 0;
     loop {
         let found = tokio::select! {
             () = stop.cancelled() => break,
@@ -298,6 +312,13 @@ async fn run(
             },
         };
         let Some(live) = found else { continue };
+        let receiver = peer_identity(&live).ok().and_then(|peer| peer.receiver());
+        if claimed_at.is_some() && claimed_at != receiver {
+            // Without randomness there was no handshake either; the claim is tried again with the next connection.
+            let Ok(random) = rng::random() else { continue };
+            shared.lock().renew(SessionId::from_random(random));
+        }
+        claimed_at = receiver;
         let mut tasks = JoinSet::new();
         shared.lock().handle_connected();
         let broken = tokio::select! {
@@ -312,6 +333,7 @@ async fn run(
         let Some(broken) = broken else { break };
         if opened {
             backoff.reset();
+            failures = 0;
         }
         tracing::warn!(volume = shared.name, error = %broken, "the session is interrupted");
         metrics::counter!("blockferry_sender_errors_total", "kind" => "session").increment(1);
@@ -327,13 +349,35 @@ async fn run(
                 _ = live.closed() => {}
                 () = tokio::time::sleep(backoff.next_wait(random())) => {}
             },
-            Next::Later => tokio::select! {
-                () = stop.cancelled() => break,
-                () = tokio::time::sleep(backoff.next_wait(random())) => {}
-            },
+            Next::Later => {
+                failures += u32::from(matches!(broken, Broken::Refused(RefusalCode::Failed, _)));
+                if failures >= FAILURES_MAX && choice.has_others(Instant::now()) {
+                    failures = 0;
+                    leave(&choice, &live, b"the receiver goes on failing");
+                }
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = tokio::time::sleep(backoff.next_wait(random())) => {}
+                }
+            }
+            Next::Elsewhere => {
+                leave(&choice, &live, b"the receiver drains");
+                tokio::select! {
+                    () = stop.cancelled() => break,
+                    () = tokio::time::sleep(LEAVE_TIME) => {}
+                }
+            }
         }
     }
     shared.end();
+}
+
+/// Leaves the receiver that `live` leads to; the connection is made anew elsewhere. Only the first of its sessions does so.
+fn leave(choice: &Choice, live: &Connection, reason: &[u8]) {
+    if live.close_reason().is_none() {
+        choice.leave(Instant::now());
+        live.close(CLOSED_LEAVING, reason);
+    }
 }
 
 /// What broke the session, given the first sign of it. A receiver that refuses tells so on stream 0, and the other streams,

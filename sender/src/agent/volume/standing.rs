@@ -15,7 +15,6 @@ impl VolumeAgent {
                  over with `blockferry-sender adopt`, or protect the disk as a new volume, under another name"
             }
             RefusalCode::Superseded => "; another sender with this state took over: stop one of the two",
-            RefusalCode::Fenced => "; run the sender again",
             _ => "",
         };
         AgentError::SessionEnded { volume: self.name.clone(), reason: format!("{text}{next_step}") }
