@@ -28,7 +28,7 @@ AZURITE_VERSION := 3.35.0
 READER_PACKAGES := blake3==1.0.11 cryptography==50.0.2 zstandard==0.25.0
 
 .PHONY: deps test-deps bench-deps guest-deps build demo test test-long test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
-	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze clean
+	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze bench-store bench-week clean
 
 ## Installs the system packages and cargo-deny; does nothing where all is there.
 deps:
@@ -116,6 +116,14 @@ bench-ebpf: test-deps build
 ## Recovery point age at 54 MB/s for two minutes.
 bench-rpo: test-deps build
 	python3 benches/rpo/run.py $(BIN_DIR) $(BENCH_FLAGS)
+
+## Upload to and restore from SeaweedFS beside rclone. BENCH_FLAGS="--size-mib 256 --rounds 1" for a short one.
+bench-store: test-deps bench-deps build
+	python3 benches/store/run.py $(BIN_DIR) $(CACHE_DIR) $(BENCH_FLAGS)
+
+## Requests, stored bytes and price of a simulated week of one volume.
+bench-week: test-deps build
+	python3 benches/week/run.py $(BIN_DIR) $(CACHE_DIR) $(BENCH_FLAGS)
 
 ## Freeze times over 100 points under load.
 bench-freeze: test-deps build

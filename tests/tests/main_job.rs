@@ -109,7 +109,9 @@ fn a_continuous_run_makes_points_and_ends_on_sigterm() {
     command.args(["run", "--point-interval", "50ms", "--metrics-listen", "127.0.0.1:0", "--memory-budget", "128MiB"]);
     command.arg("--state-dir").arg(&pair.state).arg("--volume").arg(format!("disk={}", image.display()));
     let mut child = command.spawn().expect("the sender starts");
-    wait_for("two points", || (pair.points_of_all().len() >= 2).then_some(()));
+    wait_for("a point", || (!pair.points_of_all().is_empty()).then_some(()));
+    images::churn(&image, 10, 1);
+    wait_for("a point of what changed", || (pair.points_of_all().len() >= 2).then_some(()));
     blockferry_tests::pair::terminate(&child);
     let status = wait_for("the sender's end", || child.try_wait().expect("a child can be asked"));
     assert_eq!(status.code(), Some(143));

@@ -102,10 +102,13 @@ async fn requests_that_fail_for_a_while_are_made_again() {
         proxy.fail(1, Fault::Reset, |head| head.method == "GET");
         assert_eq!(store.get("v1/large").await.expect("got in the end"), body);
         assert_eq!(proxy.faults(), 7, "{}", at.url);
+        proxy.fail(1, Fault::CutReply(30), |head| head.method == "GET");
+        proxy.fail(1, Fault::Status(503, String::new()), |head| head.method == "GET");
+        assert_eq!(store.list("v1").await.expect("listed in the end").len(), 1);
         proxy.fail(1, Fault::LoseReply, |head| head.method == "DELETE" || head.method == "POST");
         store.delete("v1/large").await.expect("deleted in the end");
         assert!(store.get("v1/large").await.expect_err("gone").is_not_found());
-        assert_eq!(proxy.faults(), 8, "{}", at.url);
+        assert_eq!(proxy.faults(), 10, "{}", at.url);
     }
 }
 

@@ -127,22 +127,9 @@ impl CloudStore {
                 Ok(done) => return Tried { result: Ok(done), ambiguous },
                 Err(error) => error,
             };
-            let words = Words::of(&error);
-            let transient = matches!(error, Error::Generic { .. }) && words.may_pass() || words.says_conflict();
-            ambiguous |= transient;
-            let random = common::rng::random().map_or(u64::MAX, u64::from_le_bytes);
-            match retries.after(transient, started.elapsed(), random) {
-                Some(wait) => {
-                    metrics::counter!("blockferry_store_retries_total").increment(1);
-                    tracing::debug!(
-                        op,
-                        retry = retries.made(),
-                        ?wait,
-                        reason = words.reason(),
-                        "a request to the store failed"
-                    );
-                    tokio::time::sleep(wait).await;
-                }
+            ambiguous |= is_transient(&error);
+            match again(op, &error, &mut retries, started) {
+                Some(wait) => tokio::time::sleep(wait).await,
                 None => return Tried { result: Err(error), ambiguous },
             }
         }
@@ -276,17 +263,16 @@ impl CloudStore {
     }
 
     pub(super) fn list(&self, prefix: &str) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
-        let (store, folder) = (self.clone(), prefix.to_owned());
         let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
-        self.client
-            .list(Some(&self.at(prefix)))
-            .map(move |item| match item {
-                Ok(meta) => Ok(ObjectMeta {
+        let listing = Listing::begin(self.clone(), prefix);
+        let items = futures::stream::unfold(listing, |mut listing| async { Some((listing.next().await?, listing)) });
+        items
+            .map(move |item| {
+                item.map(|meta| ObjectMeta {
                     path: meta.location.as_ref().get(skip..).unwrap_or_default().to_owned(),
                     size: meta.size,
                     modified: UnixMillis(meta.last_modified.timestamp_millis()),
-                }),
-                Err(error) => Err(store.failed("list", &folder, &error)),
+                })
             })
             .boxed()
     }
@@ -329,6 +315,69 @@ impl CloudStore {
             _ => StoreError::Unavailable { op, path, reason: words.reason() },
         }
     }
+}
+
+/// A listing that goes on behind its last object where a request of it failed. Clouds list in the order of names.
+struct Listing {
+    store: CloudStore,
+    folder: String,
+    items: Option<BoxStream<'static, Result<object_store::ObjectMeta, Error>>>,
+    last: Option<Path>,
+    retries: Retries,
+    since: tokio::time::Instant,
+}
+
+impl Listing {
+    fn begin(store: CloudStore, folder: &str) -> Self {
+        let items = Some(store.client.list(Some(&store.at(folder))));
+        let since = tokio::time::Instant::now();
+        Self { store, folder: folder.to_owned(), items, last: None, retries: Retries::new(), since }
+    }
+
+    async fn next(&mut self) -> Option<Result<object_store::ObjectMeta, StoreError>> {
+        loop {
+            let error = match self.items.as_mut()?.next().await? {
+                Ok(meta) => {
+                    self.last = Some(meta.location.clone());
+                    self.retries = Retries::new();
+                    self.since = tokio::time::Instant::now();
+                    return Some(Ok(meta));
+                }
+                Err(error) => error,
+            };
+            let Some(wait) = again("list", &error, &mut self.retries, self.since) else {
+                self.items = None;
+                return Some(Err(self.store.failed("list", &self.folder, &error)));
+            };
+            tokio::time::sleep(wait).await;
+            let at = self.store.at(&self.folder);
+            self.items = Some(match &self.last {
+                None => self.store.client.list(Some(&at)),
+                Some(last) => self.store.client.list_with_offset(Some(&at), last),
+            });
+        }
+    }
+}
+
+/// True where the same request may work later.
+fn is_transient(error: &Error) -> bool {
+    let words = Words::of(error);
+    matches!(error, Error::Generic { .. }) && words.may_pass() || words.says_conflict()
+}
+
+/// How long to wait before a request that failed is made again, or `None` where it is not.
+fn again(
+    op: &'static str,
+    error: &Error,
+    retries: &mut Retries,
+    since: tokio::time::Instant,
+) -> Option<std::time::Duration> {
+    let random = common::rng::random().map_or(u64::MAX, u64::from_le_bytes);
+    let wait = retries.after(is_transient(error), since.elapsed(), random)?;
+    metrics::counter!("blockferry_store_retries_total").increment(1);
+    let reason = Words::of(error).reason();
+    tracing::debug!(op, retry = retries.made(), ?wait, reason, "a request to the store failed");
+    Some(wait)
 }
 
 /// Payloads of exactly `size` bytes (the last one shorter) that share the memory of `parts`.

@@ -118,6 +118,12 @@ impl Cuts {
         }
     }
 
+    /// True where somebody waits for the newest cut's point.
+    pub(super) fn newest_is_awaited(&self) -> bool {
+        let newest = self.under_way.back().map(|cut| cut.id);
+        newest.is_some() && self.waiters.iter().any(|waiter| waiter.cut == newest)
+    }
+
     /// The cut that is being sealed.
     pub(super) fn newest_mut(&mut self) -> Option<&mut UnderWay> {
         self.under_way.back_mut()
@@ -250,6 +256,12 @@ mod tests {
         cuts.answer(&cut, Some(&point));
         assert!(first());
         assert!(!late(), "its cut is still to come");
+        assert!(!cuts.newest_is_awaited());
+        begin(&mut cuts, 4, Asserts::Point(Consistency::Crash));
+        assert!(cuts.newest_is_awaited(), "the late one's cut");
+        sealed(&mut cuts, 4);
+        let cut = cuts.pop_committed(Epoch(4)).expect("committed");
+        cuts.answer(&cut, None);
         assert!(cuts.is_empty());
     }
 

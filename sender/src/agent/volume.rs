@@ -44,6 +44,8 @@ use crate::state::{JournalWriter, StateError, VolumeState};
 const OUTSTANDING_BYTES_MAX: u64 = 64 << 20;
 /// How often an agent looks at its capture's state.
 const TICK: Duration = Duration::from_millis(500);
+/// A disk that is scanned and does not change gets a point this often.
+const QUIET_POINT_INTERVAL_MS: i64 = 3_600_000;
 
 /// How a volume's task ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -488,6 +490,17 @@ impl VolumeAgent {
         }
     }
 
+    /// True for a pass over a disk that rested and holds what its newest point says, where nobody asked for a point: one in an
+    /// hour is enough then, so that an idle volume costs the store at most 24 requests a day.
+    fn is_spared(&self, summary: &PassSummary, now: UnixMillis) -> bool {
+        let quiet = summary.records == 0 && summary.consistency == Some(Consistency::Crash);
+        let recent = self.newest_point.as_ref().is_some_and(|point| {
+            point.consistency != Consistency::Fuzzy
+                && (0..QUIET_POINT_INTERVAL_MS).contains(&now.0.saturating_sub(point.time.0))
+        });
+        quiet && recent && !self.shared.config.once && !self.cuts.newest_is_awaited()
+    }
+
     /// A cut is sealed as a whole: closes its last epoch.
     fn sealed(&mut self, summary: PassSummary) -> Result<Next, AgentError> {
         self.advance();
@@ -495,7 +508,9 @@ impl VolumeAgent {
         self.cuts.tally.bytes_read += summary.bytes_read;
         self.cuts.tally.bytes_changed += summary.pages_changed * limits::PAGE_BYTES as u64;
         let now = self.shared.clock.now();
+        let spared = self.is_spared(&summary, now);
         let Some(cut) = self.cuts.newest_mut() else { return Ok(Next::Go) };
+        let spared = spared && cut.asserts == Asserts::AtEnd;
         let point = match cut.asserts {
             Asserts::Nothing => None,
             Asserts::Point(consistency) => Some(consistency),
@@ -508,6 +523,11 @@ impl VolumeAgent {
                 summary.consistency
             }
         };
+        let point = point.filter(|_| !spared);
+        if spared {
+            // What the newest point holds is what the disk held just now.
+            self.rpo.committed(now);
+        }
         if point == Some(Consistency::Fuzzy) {
             cut.weaker.clone_from(&summary.reason);
             tracing::warn!(

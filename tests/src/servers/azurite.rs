@@ -128,12 +128,22 @@ impl Azurite {
         }
     }
 
+    /// SIGTERM, and waits for its end. Azurite keeps what it knows of its blobs in memory and writes it down at intervals and when
+    /// it is told to end: killed, it would lose what it has acknowledged.
+    pub fn stop(&mut self) {
+        if let Some(child) = &mut self.child {
+            crate::pair::terminate(child);
+            wait_for("Azurite's end", || child.try_wait().expect("a child can be asked"));
+            self.child = None;
+        }
+    }
+
     /// Starts it again on the same port and directory.
     ///
     /// # Panics
     /// If it does not start.
     pub fn restart(&mut self) {
-        self.kill();
+        self.stop();
         assert!((0..ATTEMPTS).any(|_| self.try_start()), "Azurite did not start again");
     }
 }
