@@ -86,9 +86,10 @@ test-long: test-deps build
 	BLOCKFERRY_LONG=1 cargo test --release --locked -p blockferry-tests --test conformance --test nbd_clients --test source_power \
 		--test standstill --test postgres --test freeze --test takeover -- --nocapture --test-threads=1
 
-## LVM and md in a guest under two kernels, killed hard. Emulated: some minutes.
-test-guest: guest-deps build
+## LVM and md in a guest under two kernels, killed hard; a guest that boots from a served point. Emulated: some minutes.
+test-guest: test-deps guest-deps build
 	python3 tests/guest/run.py $(BIN_DIR) $(CACHE_DIR)
+	python3 tests/guest/serve.py $(BIN_DIR) $(CACHE_DIR)
 
 fuzz-short:
 	fuzz/run-short.sh

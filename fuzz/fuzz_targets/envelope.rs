@@ -2,7 +2,7 @@
 #![no_main]
 
 use blockferry_fuzz::enveloped;
-use common::format::{checkpoint, close, log, state, volume_header, volume_name};
+use common::format::{checkpoint, close, lifecycle, log, state, volume_header, volume_name};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -12,6 +12,7 @@ fuzz_target!(|data: &[u8]| {
         checkpoint::KIND,
         volume_header::KIND,
         volume_name::KIND,
+        lifecycle::KIND,
         state::IDENTITY_KIND,
         state::HASHES_KIND,
         state::JOURNAL_HEAD_KIND,

@@ -15,6 +15,8 @@ use common::ops::exit::{ExitCode, report_error};
 use common::ops::{logging, panic_guard};
 
 use crate::error::OperatorError;
+use crate::lifecycle::LifecycleCommand;
+use crate::policy::PolicyCommand;
 use crate::restore::group::GroupRequest;
 use crate::restore::image::Format;
 use crate::restore::{self, RestoreRequest};
@@ -156,7 +158,12 @@ enum Command {
         #[command(flatten)]
         status: StatusArgs,
     },
-    /// Look at the volumes in the store
+    /// Say which recovery points of a volume are kept, and for how long
+    Policy {
+        #[command(subcommand)]
+        command: PolicyCommand,
+    },
+    /// List, rename, retire and delete volumes
     Volume {
         #[command(subcommand)]
         command: VolumeCommand,
@@ -170,10 +177,15 @@ enum VolumeCommand {
     List {
         #[command(flatten)]
         store: StoreArgs,
+        /// Also those that are deleted and not removed yet
+        #[arg(long)]
+        all: bool,
         /// Print a JSON array
         #[arg(long)]
         json: bool,
     },
+    #[command(flatten)]
+    Lifecycle(LifecycleCommand),
 }
 
 static VERSION: LazyLock<String> = LazyLock::new(version);
@@ -300,8 +312,12 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             serve::run(&store, &args, budget_bytes, &mut out).await?;
         }
         Command::Status { store, status } => status::run(&open(&store).await?, &status, &mut out).await?,
-        Command::Volume { command: VolumeCommand::List { store, json } } => {
-            volumes::list(&open(&store).await?, json, &mut out).await?;
+        Command::Policy { command } => command.run(&open(command.store()).await?, &mut out).await?,
+        Command::Volume { command: VolumeCommand::List { store, all, json } } => {
+            volumes::list(&open(&store).await?, all, json, &mut out).await?;
+        }
+        Command::Volume { command: VolumeCommand::Lifecycle(command) } => {
+            command.run(&open(command.store()).await?, &mut out).await?;
         }
     }
     out.flush().map_err(OperatorError::Output)

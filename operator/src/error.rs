@@ -1,5 +1,6 @@
 //! Every way in which a command ends badly, and its exit code.
 
+use catalog::retention::policy_object::PolicyObjectError;
 use catalog::store::StoreError;
 use catalog::volume::LogError;
 use catalog::volume::header::HeaderError;
@@ -10,6 +11,7 @@ use common::ops::logging::LoggingError;
 
 use crate::epochs::EpochError;
 use crate::keys::KeyError;
+use crate::lifecycle::ChangeError;
 use crate::restore::RestoreError;
 use crate::restore::fetch::FetchError;
 use crate::restore::target::TargetError;
@@ -47,6 +49,12 @@ pub enum OperatorError {
     /// Verifying found something.
     #[error(transparent)]
     Verify(#[from] VerifyError),
+    /// A volume's lifecycle.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// A volume's policy.
+    #[error(transparent)]
+    Policy(Box<PolicyObjectError>),
     /// Serving.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -100,6 +108,7 @@ impl OperatorError {
             Self::Select(SelectError::BadText { .. })
             | Self::Restore(RestoreError::Target(TargetError::NotAFile { .. })) => ExitCode::Usage,
             Self::Serve(error) => error.exit(),
+            Self::Change(error) if crate::lifecycle::is_usage(error) => ExitCode::Usage,
             _ => ExitCode::Failed,
         }
     }
@@ -116,6 +125,9 @@ impl Dispose for OperatorError {
             Self::Verify(_) => Disposition::Corrupt,
             Self::Restore(error) => error.disposition(),
             Self::Serve(error) => error.disposition(),
+            Self::Change(ChangeError::Lifecycle(error)) => error.disposition(),
+            Self::Change(_) => Disposition::BadInput,
+            Self::Policy(error) => error.disposition(),
             Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
                 Disposition::BadInput
             }

@@ -5,13 +5,16 @@ use std::io::Write;
 use catalog::store::Store;
 use catalog::volume::header;
 use catalog::volume::history::History;
+use catalog::volume::lifecycle;
 use catalog::volume::proofs::{self, Proof, Proofs};
 use common::format::checkpoint::PointSummary;
+use common::format::lifecycle::Phase;
 use common::format::volume_header::VolumeHeader;
 use common::ids::GroupId;
 use common::units::ByteCount;
 
 use crate::error::OperatorError;
+use crate::lifecycle::ChangeError;
 use crate::volumes::Table;
 
 /// Digits of an id shown in the table; `--point` takes them.
@@ -82,11 +85,11 @@ pub async fn run(
     let headers = match volume {
         Some(text) => vec![header::find(store, text).await?.header],
         None => {
-            let (headers, mut errors) = header::list(store).await?;
+            let (known, mut errors) = lifecycle::list(store).await.map_err(ChangeError::from)?;
             if !errors.is_empty() {
-                return Err(errors.swap_remove(0).into());
+                return Err(ChangeError::from(errors.swap_remove(0)).into());
             }
-            headers
+            known.into_iter().filter(|known| known.phase != Phase::Deleted).map(|known| known.header).collect()
         }
     };
     let (mut points, mut damaged) = (Vec::new(), None);

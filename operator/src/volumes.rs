@@ -3,10 +3,12 @@
 use std::io::Write;
 
 use catalog::store::Store;
-use catalog::volume::header;
+use catalog::volume::lifecycle::{self, Known};
+use common::format::lifecycle::Phase;
 use common::units::ByteCount;
 
 use crate::error::OperatorError;
+use crate::lifecycle::ChangeError;
 
 /// One volume, as `--json` prints it.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
@@ -23,27 +25,32 @@ pub struct VolumeRow {
     pub incarnation: u32,
     /// When it was registered, RFC 3339 in UTC.
     pub created: String,
+    /// `active`, `retired` or `deleted`.
+    pub state: &'static str,
 }
 
-/// Lists all volumes by machine and name. One that can't be read is an error, after the others were listed.
+/// Lists volumes by machine and name, with `all` those that are deleted too. One that can't be read is an error, after the others were
+/// listed.
 ///
 /// # Errors
 /// [`OperatorError`].
-pub async fn list(store: &Store, json: bool, out: &mut (dyn Write + Send)) -> Result<(), OperatorError> {
-    let (headers, mut errors) = header::list(store).await?;
-    let rows: Vec<VolumeRow> = headers
+pub async fn list(store: &Store, all: bool, json: bool, out: &mut (dyn Write + Send)) -> Result<(), OperatorError> {
+    let (known, mut errors) = lifecycle::list(store).await.map_err(ChangeError::from)?;
+    let rows: Vec<VolumeRow> = known
         .iter()
-        .map(|header| VolumeRow {
+        .filter(|known| all || known.phase != Phase::Deleted)
+        .map(|Known { header, phase, .. }| VolumeRow {
             id: header.volume.to_string(),
             machine: header.machine_name.clone(),
             volume: header.name.clone(),
             bytes: header.current().disk_bytes,
             incarnation: header.current().incarnation.0,
             created: header.created.to_string(),
+            state: phase.as_str(),
         })
         .collect();
     print(&rows, json, out).map_err(OperatorError::Output)?;
-    if errors.is_empty() { Ok(()) } else { Err(errors.swap_remove(0).into()) }
+    if errors.is_empty() { Ok(()) } else { Err(ChangeError::from(errors.swap_remove(0)).into()) }
 }
 
 fn print(rows: &[VolumeRow], json: bool, out: &mut (dyn Write + Send)) -> std::io::Result<()> {
@@ -51,10 +58,17 @@ fn print(rows: &[VolumeRow], json: bool, out: &mut (dyn Write + Send)) -> std::i
         serde_json::to_writer_pretty(&mut *out, rows)?;
         return writeln!(out);
     }
-    let mut table = Table::new(&["MACHINE", "VOLUME", "SIZE", "CREATED", "ID"]);
+    let mut table = Table::new(&["MACHINE", "VOLUME", "SIZE", "CREATED", "STATE", "ID"]);
     for row in rows {
         let size = ByteCount(row.bytes).to_string();
-        table.row(vec![row.machine.clone(), row.volume.clone(), size, row.created.clone(), row.id.clone()]);
+        table.row(vec![
+            row.machine.clone(),
+            row.volume.clone(),
+            size,
+            row.created.clone(),
+            row.state.to_owned(),
+            row.id.clone(),
+        ]);
     }
     table.print(out)
 }

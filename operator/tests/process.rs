@@ -162,7 +162,6 @@ fn exit_codes_and_last_lines_name_what_is_wrong() {
         (restore("db/root", &["--key-file", key]), 1, &["web.key", "db/root"]),
         (restore("web/root", &["--key-file", key, "--point", "2026-01-01T00:00:00"]), 2, &["offset"]),
         (restore("web/root", &["--key-file", key, "--point", "00000000"]), 1, &["00000000", "blockferry points"]),
-        (restore("web/root", &["--key-file", key, "--format", "qcow2"]), 2, &["qcow2"]),
         (restore("web/root", &["--key-file", key, "--memory-budget", "1MiB"]), 2, &["--memory-budget"]),
         (restore("web/root", &[]), 2, &[]),
         (world.run(&["verify", "--volume", "web/root", "--frobnicate"]), 2, &[]),
@@ -363,4 +362,54 @@ fn a_killed_restore_to_a_device_has_no_first_block_and_goes_on() {
         return;
     }
     panic!("the restore was always faster than the kill");
+}
+
+#[test]
+fn a_volume_is_renamed_retired_deleted_and_brought_back_and_keeps_its_policy() {
+    let world = World::new();
+    let content = image(SMALL, 1);
+    world.volume("web", &content, 1);
+    let volume = |command: &str, name: &str, more: &[&str]| {
+        let arguments = [&["volume", command, "--volume", name], more].concat();
+        world.run(&arguments)
+    };
+    let states = |all: bool| {
+        let flags: &[&str] = if all { &["volume", "list", "--json", "--all"] } else { &["volume", "list", "--json"] };
+        let rows = json(&world.run(flags));
+        let row =
+            |row: &serde_json::Value| format!("{}:{}", row["volume"].as_str().unwrap(), row["state"].as_str().unwrap());
+        rows.as_array().expect("an array").iter().map(row).collect::<Vec<_>>()
+    };
+    assert_eq!(json(&volume("rename", "web/root", &["--to", "shop", "--json"]))["volume"], "shop");
+    assert_eq!(states(false), ["shop:active"]);
+    assert_eq!(
+        json(&world.run(&["points", "--volume", "root", "--json"]))[0]["volume"],
+        "shop",
+        "the old name finds it"
+    );
+
+    let policy = |arguments: &[&str]| world.run(&[&["policy"], arguments].concat());
+    assert!(String::from_utf8_lossy(&policy(&["get", "--volume", "shop"]).stdout).contains("all points are kept"));
+    let text = "all for 24h, hourly for 7d, latest 3";
+    assert_eq!(policy(&["set", "--volume", "shop", text]).status.code(), Some(0));
+    assert_eq!(json(&policy(&["get", "--volume", "shop", "--json"]))["policy"], text);
+    assert_eq!(policy(&["set", "--volume", "shop", "sometimes"]).status.code(), Some(2));
+
+    assert_eq!(volume("retire", "shop", &[]).status.code(), Some(0));
+    assert_eq!(states(false), ["shop:retired"]);
+    let unconfirmed = volume("delete", "shop", &[]);
+    assert_eq!(unconfirmed.status.code(), Some(2));
+    assert!(last_line(&unconfirmed).contains("--confirm web/shop"), "{}", last_line(&unconfirmed));
+    assert_eq!(volume("delete", "shop", &["--confirm", "web/root"]).status.code(), Some(2), "another name");
+    assert_eq!(states(false), ["shop:retired"]);
+    assert_eq!(volume("delete", "shop", &["--confirm", "web/shop"]).status.code(), Some(0));
+    assert_eq!((states(false), states(true)), (vec![], vec!["shop:deleted".to_owned()]));
+    assert_eq!(json(&world.run(&["points", "--json"])), serde_json::json!([]));
+    let refused = volume("unretire", "shop", &[]);
+    assert!(last_line(&refused).contains("is deleted, not retired"), "{}", last_line(&refused));
+    assert_eq!(volume("restore", "shop", &[]).status.code(), Some(0));
+    assert_eq!(states(false), ["shop:active"]);
+    let output = world.restore(&world.path("back.img"), &[]);
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(std::fs::read(world.path("back.img")).expect("readable") == content);
 }

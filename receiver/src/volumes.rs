@@ -44,12 +44,15 @@ pub enum VolumeError {
     /// Another receiver writes the volume's log.
     #[error("{0}")]
     Fenced(String),
+    /// The volume is retired or deleted.
+    #[error("{0}")]
+    Retired(String),
 }
 
 impl Dispose for VolumeError {
     fn disposition(&self) -> Disposition {
         match self {
-            Self::Bad(_) | Self::NotFound(_) => Disposition::BadInput,
+            Self::Bad(_) | Self::NotFound(_) | Self::Retired(_) => Disposition::BadInput,
             Self::Failed(_) => Disposition::Retry,
             Self::Fenced(_) => Disposition::Fenced,
         }
@@ -65,6 +68,7 @@ impl VolumeError {
             Self::NotFound(_) => RefusalCode::NotYours,
             Self::Failed(_) => RefusalCode::Failed,
             Self::Fenced(_) => RefusalCode::Fenced,
+            Self::Retired(_) => RefusalCode::Retired,
         }
     }
 
@@ -76,6 +80,7 @@ impl VolumeError {
             Self::NotFound(_) => "not_found",
             Self::Failed(_) => "failed",
             Self::Fenced(_) => "fenced",
+            Self::Retired(_) => "retired",
         }
     }
 }

@@ -55,17 +55,9 @@ def install(root, path):
         os.chmod(target, 0o755)
 
 
-def initramfs(root, folder, version, bin_dir, passphrase):
-    for path in PROGRAMS:
-        install(root, path)
-    busybox = shutil.which("busybox")
-    os.makedirs(root + "/bin")
-    shutil.copy(busybox, root + "/bin/busybox")
-    sender = os.path.join(bin_dir, "blockferry-sender")
-    install(root, sender)
-    os.makedirs(root + "/usr/bin", exist_ok=True)
-    os.rename(root + sender, root + "/usr/bin/blockferry-sender")
-    for module in MODULES:
+def modules(root, folder, version, names):
+    """Copies kernel modules and those that they need."""
+    for module in names:
         shown = subprocess.run(["modprobe", "-d", folder, "-S", version, "--show-depends", module], capture_output=True, text=True)
         for line in shown.stdout.splitlines():
             if line.startswith("insmod "):
@@ -76,6 +68,19 @@ def initramfs(root, folder, version, bin_dir, passphrase):
     for name in ("modules.builtin", "modules.order", "modules.builtin.modinfo"):
         shutil.copy(os.path.join(folder, "lib/modules", version, name), os.path.join(root, "lib/modules", version, name))
     subprocess.run(["depmod", "-b", root, version], check=True)
+
+
+def initramfs(root, folder, version, bin_dir, passphrase):
+    for path in PROGRAMS:
+        install(root, path)
+    busybox = shutil.which("busybox")
+    os.makedirs(root + "/bin")
+    shutil.copy(busybox, root + "/bin/busybox")
+    sender = os.path.join(bin_dir, "blockferry-sender")
+    install(root, sender)
+    os.makedirs(root + "/usr/bin", exist_ok=True)
+    os.rename(root + sender, root + "/usr/bin/blockferry-sender")
+    modules(root, folder, version, MODULES)
     for name in ("dev", "proc", "sys", "etc"):
         os.makedirs(os.path.join(root, name), exist_ok=True)
     shutil.copy(passphrase, root + "/passphrase.txt")

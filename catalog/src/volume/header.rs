@@ -313,7 +313,7 @@ pub async fn list(store: &Store) -> Result<(Vec<VolumeHeader>, Vec<HeaderError>)
     let mut reads = futures::stream::iter(claims)
         .map(|claim| async move { read(store, claim.volume).await })
         .buffer_unordered(READS_IN_PARALLEL);
-    let mut headers = Vec::new();
+    let mut headers: Vec<VolumeHeader> = Vec::new();
     while let Some(read) = reads.next().await {
         match read {
             Ok(stored) => headers.push(stored.header),
@@ -322,6 +322,8 @@ pub async fn list(store: &Store) -> Result<(Vec<VolumeHeader>, Vec<HeaderError>)
         }
     }
     headers.sort_by(|a, b| (&a.machine_name, &a.name, a.volume).cmp(&(&b.machine_name, &b.name, b.volume)));
+    // A renamed volume is found by its old names too.
+    headers.dedup_by_key(|header| header.volume);
     Ok((headers, errors))
 }
 
@@ -335,7 +337,7 @@ pub async fn find(store: &Store, text: &str) -> Result<StoredHeader, HeaderError
         return read(store, volume).await;
     }
     let (claims, mut errors) = names(store).await?;
-    let mut found = Vec::new();
+    let mut found: Vec<StoredHeader> = Vec::new();
     for claim in &claims {
         if claim.name == text || format!("{}/{}", claim.machine_name, claim.name) == text {
             match read(store, claim.volume).await {
@@ -344,6 +346,11 @@ pub async fn find(store: &Store, text: &str) -> Result<StoredHeader, HeaderError
                 Err(error) => return Err(error),
             }
         }
+    }
+    // Who bears a name now goes before who bore it once.
+    let bears = |stored: &StoredHeader| stored.header.name == text || full_name(&stored.header) == text;
+    if found.iter().any(bears) {
+        found.retain(bears);
     }
     match found.len() {
         1 => Ok(found.swap_remove(0)),
@@ -379,6 +386,34 @@ async fn read_claim(store: &Store, path: &str) -> Result<Option<(VolumeName, Ver
         return Err(HeaderError::WrongPlace { path: path.to_owned(), found: claim.volume });
     }
     Ok(Some((claim, version)))
+}
+
+/// Claims `header`'s name for its volume. Safe to repeat.
+///
+/// # Errors
+/// [`HeaderError::NameTaken`], [`HeaderError::BadName`], those of [`read`].
+pub(super) async fn claim(store: &Store, header: &VolumeHeader) -> Result<(), HeaderError> {
+    check_name("volume name", &header.name)?;
+    claim_name(store, header).await
+}
+
+/// Removes the claims of names that a volume had before. Its header must be there while this runs: then nobody takes a claim over.
+///
+/// # Errors
+/// Those of the store.
+pub(super) async fn release_other_names(store: &Store, header: &VolumeHeader) -> Result<(), HeaderError> {
+    let own = paths::name_claim(header.machine, &header.name);
+    for meta in store.list(&paths::name_folder(header.machine)).await? {
+        if meta.path == own {
+            continue;
+        }
+        if let Some((claim, _)) = read_claim(store, &meta.path).await?
+            && claim.volume == header.volume
+        {
+            store.delete(&meta.path).await?;
+        }
+    }
+    Ok(())
 }
 
 async fn claim_name(store: &Store, header: &VolumeHeader) -> Result<(), HeaderError> {

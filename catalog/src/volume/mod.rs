@@ -3,6 +3,7 @@
 //! ```text
 //! v1/authority/volumes/<machine>/<hash of name>   name claim: which volume a machine calls by a name
 //! v1/volumes/<uuid>/header                        compare-and-swapped
+//! v1/volumes/<uuid>/lifecycle                     compare-and-swapped: active, retired, deleted
 //! v1/volumes/<uuid>/log/<20 digits>               create-if-absent, one after the other: the volume's history
 //! v1/volumes/<uuid>/checkpoints/<20 digits>       create-if-absent: summary of the log up to that entry
 //! v1/volumes/<uuid>/segments/<ulid>               records, immutable
@@ -11,13 +12,14 @@
 //!
 //! Promises: what is read is checked (checksum, place, previous digest, parent, signature) before it is believed, and an error
 //! names the object; the head is found by reading, listings are hints; of two writers of a log one is told that it lost.
-//! Never: holds a data key, deletes anything.
+//! Never: holds a data key; deletes anything but volumes that were deleted ([`lifecycle::purge`]).
 
 pub mod checkpoint;
 #[cfg(any(test, feature = "fixture"))]
 pub mod fixture;
 pub mod header;
 pub mod history;
+pub mod lifecycle;
 pub mod log;
 pub mod owner;
 pub mod paths;

@@ -25,6 +25,12 @@ pub fn proofs(volume: VolumeId) -> String {
     format!("{VOLUMES}/{volume}/proofs")
 }
 
+/// What is to become of a volume.
+#[must_use]
+pub fn lifecycle(volume: VolumeId) -> String {
+    format!("{VOLUMES}/{volume}/lifecycle")
+}
+
 /// Folder of a volume's log.
 #[must_use]
 pub fn log_folder(volume: VolumeId) -> String {
@@ -59,6 +65,12 @@ pub fn segment_folder(volume: VolumeId) -> String {
 #[must_use]
 pub fn segment(volume: VolumeId, ulid: &str) -> String {
     format!("{VOLUMES}/{volume}/segments/{ulid}")
+}
+
+/// Folder of a machine's name claims.
+#[must_use]
+pub fn name_folder(machine: MachineId) -> String {
+    format!("{NAMES}/{machine}")
 }
 
 /// The claim of `name` within a machine. A hash, since a name may hold what a path may not.

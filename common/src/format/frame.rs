@@ -48,6 +48,8 @@ pub enum RefusalCode {
     Failed,
     /// The receiver drains: go to another one of the fleet now.
     Draining,
+    /// The volume is retired or deleted: it takes no more until an operator says so.
+    Retired,
 }
 
 impl RefusalCode {
@@ -63,6 +65,7 @@ impl RefusalCode {
             Self::GoingAway => 8,
             Self::Failed => 9,
             Self::Draining => 10,
+            Self::Retired => 11,
         }
     }
 
@@ -78,6 +81,7 @@ impl RefusalCode {
             8 => Self::GoingAway,
             9 => Self::Failed,
             10 => Self::Draining,
+            11 => Self::Retired,
             other => return Err(FormatError::Invalid { what: "refusal code", found: other.into() }),
         })
     }

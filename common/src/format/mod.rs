@@ -13,6 +13,7 @@ pub mod checkpoint;
 pub mod close;
 pub mod envelope;
 pub mod frame;
+pub mod lifecycle;
 pub mod log;
 pub mod page_set;
 pub mod proofs;

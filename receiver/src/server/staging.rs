@@ -7,10 +7,12 @@ use catalog::fleet::receivers::ReceiverState;
 use catalog::store::Store;
 use catalog::volume::LogError;
 use catalog::volume::header::{self, HeaderError};
+use catalog::volume::lifecycle;
 use common::budget::Permit;
 use common::error::{Dispose, Disposition};
 use common::format::close::Close;
 use common::format::frame::RefusalCode;
+use common::format::lifecycle::Phase;
 use common::format::record::{Record, RecordMeta};
 use common::format::volume_header::VolumeHeader;
 use common::ids::{Epoch, SessionId, VolumeId};
@@ -130,6 +132,19 @@ async fn read_header(store: &Store, volume: VolumeId) -> Result<VolumeHeader, Vo
     }
 }
 
+/// A volume that is retired or deleted is not written, until an operator says otherwise. What was closed before goes on to the store.
+async fn refuse_retired(store: &Store, header: &VolumeHeader) -> Result<(), VolumeError> {
+    let phase = lifecycle::phase(store, header.volume).await.map_err(|error| VolumeError::Failed(error.to_string()))?;
+    let back = match phase {
+        Phase::Active => return Ok(()),
+        Phase::Retired => "unretire",
+        Phase::Deleted => "restore",
+    };
+    let (name, phase) = (header::full_name(header), phase.as_str());
+    let text = format!("volume {name} is {phase}: `blockferry volume {back}` lets it be written again");
+    Err(VolumeError::Retired(text))
+}
+
 fn log_failed(error: LogError) -> VolumeError {
     match error {
         LogError::Fenced { .. } => VolumeError::Fenced(error.to_string()),
@@ -148,6 +163,9 @@ impl Catalog for StoreOfVolumes {
         Box::pin(async move {
             let header = read_header(&store, volume).await?;
             let leftovers = purpose == Purpose::Leftovers;
+            if !leftovers {
+                refuse_retired(&store, &header).await?;
+            }
             let taken = forward.take(header.clone(), leftovers).await.map_err(log_failed)?;
             Ok(taken.map(|Taken { head, hold, continues }| {
                 let committed = ClosedEpoch { epoch: head.epoch, close: head.close };

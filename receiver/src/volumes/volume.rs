@@ -469,5 +469,6 @@ fn refusal_kind(code: RefusalCode) -> &'static str {
         RefusalCode::GoingAway => "going_away",
         RefusalCode::Draining => "draining",
         RefusalCode::Failed => "failed",
+        RefusalCode::Retired => "retired",
     }
 }
