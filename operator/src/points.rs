@@ -1,5 +1,6 @@
 //! `blockferry points`: the recovery points of one volume or of all.
 
+use std::collections::HashMap;
 use std::io::Write;
 
 use catalog::store::Store;
@@ -51,9 +52,8 @@ pub struct PointRow {
 }
 
 impl PointRow {
-    fn new(header: &VolumeHeader, history: &History, proofs: &Proofs, point: &PointSummary) -> Self {
+    fn new(header: &VolumeHeader, group: GroupId, proofs: &Proofs, point: &PointSummary) -> Self {
         let proven = proofs.of(point.id);
-        let close = history.find(point.id).map(|at| history.epochs[at].close.statement());
         let named = |id: GroupId| (!id.is_nil()).then(|| id.to_string());
         Self {
             id: point.id.to_string(),
@@ -64,7 +64,7 @@ impl PointRow {
             consistency: point.consistency.as_str(),
             bytes_new: point.new_bytes,
             committed: point.committed.to_string(),
-            group: close.and_then(|close| named(close.group)),
+            group: named(group),
             group_point: named(point.group_point),
             proof: proven.map_or(Proof::Committed, |(proof, _)| proof).as_str(),
             proof_time: proven.map(|(_, at)| at.to_string()),
@@ -103,12 +103,14 @@ pub async fn run(
                 Proofs::none(header.volume)
             }
         };
-        points.extend(
-            history
-                .points()
-                .into_iter()
-                .map(|point| (point.cut_time, point.epoch, PointRow::new(header, &history, &proofs, &point))),
-        );
+        // By id, since looking each one up in the history would take the square of their number.
+        let groups: HashMap<_, _> =
+            history.epochs.iter().map(|epoch| (epoch.close.id(), epoch.close.statement().group)).collect();
+        let row = |point: &PointSummary| {
+            let group = groups.get(&point.id).copied().unwrap_or(GroupId::NIL);
+            (point.cut_time, point.epoch, PointRow::new(header, group, &proofs, point))
+        };
+        points.extend(history.points().iter().map(row));
     }
     // A volume's own order is that of its epochs; several are interleaved by time.
     if headers.len() > 1 {

@@ -262,11 +262,18 @@ impl CloudStore {
         }
     }
 
-    pub(super) fn list(&self, prefix: &str) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
+    pub(super) fn list(&self, prefix: &str, after: Option<&str>) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
+        let after = after.map(|after| self.at(after));
         let skip = if self.prefix.is_empty() { 0 } else { self.prefix.len() + 1 };
-        let listing = Listing::begin(self.clone(), prefix);
+        let listing = Listing::begin(self.clone(), prefix, after.clone());
         let items = futures::stream::unfold(listing, |mut listing| async { Some((listing.next().await?, listing)) });
         items
+            // A store that ignores where to begin lists more than was asked for.
+            .filter(move |item| {
+                let wanted =
+                    |meta: &object_store::ObjectMeta| after.as_ref().is_none_or(|after| meta.location > *after);
+                std::future::ready(item.as_ref().map_or(true, wanted))
+            })
             .map(move |item| {
                 item.map(|meta| ObjectMeta {
                     path: meta.location.as_ref().get(skip..).unwrap_or_default().to_owned(),
@@ -328,10 +335,21 @@ struct Listing {
 }
 
 impl Listing {
-    fn begin(store: CloudStore, folder: &str) -> Self {
-        let items = Some(store.client.list(Some(&store.at(folder))));
+    fn begin(store: CloudStore, folder: &str, after: Option<Path>) -> Self {
         let since = tokio::time::Instant::now();
-        Self { store, folder: folder.to_owned(), items, last: None, retries: Retries::new(), since }
+        let mut listing =
+            Self { store, folder: folder.to_owned(), items: None, last: after, retries: Retries::new(), since };
+        listing.items = Some(listing.request());
+        listing
+    }
+
+    /// What lies behind the last object.
+    fn request(&self) -> BoxStream<'static, Result<object_store::ObjectMeta, Error>> {
+        let at = self.store.at(&self.folder);
+        match &self.last {
+            None => self.store.client.list(Some(&at)),
+            Some(last) => self.store.client.list_with_offset(Some(&at), last),
+        }
     }
 
     async fn next(&mut self) -> Option<Result<object_store::ObjectMeta, StoreError>> {
@@ -350,11 +368,7 @@ impl Listing {
                 return Some(Err(self.store.failed("list", &self.folder, &error)));
             };
             tokio::time::sleep(wait).await;
-            let at = self.store.at(&self.folder);
-            self.items = Some(match &self.last {
-                None => self.store.client.list(Some(&at)),
-                Some(last) => self.store.client.list_with_offset(Some(&at), last),
-            });
+            self.items = Some(self.request());
         }
     }
 }

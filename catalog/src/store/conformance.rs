@@ -5,6 +5,8 @@
 
 use std::collections::HashSet;
 
+use futures::StreamExt as _;
+
 use super::{Bytes, CasOutcome, PutOutcome, Store, StoreError};
 
 /// The promises of the module's doc, on any store.
@@ -56,6 +58,16 @@ pub async fn conforms(store: &Store) {
     let names: HashSet<String> = store.list("v1/b").await.expect("listed").into_iter().map(|meta| meta.path).collect();
     assert_eq!(names, HashSet::from(["v1/b/x".to_owned()]));
     assert_eq!(store.list("v1/").await.expect("listed").len(), 4);
+    store.put_new("v1/b/y/z", "z".into()).await.expect("put");
+    let behind: HashSet<String> = store
+        .list_stream_after("v1", "v1/b/x")
+        .expect("a stream")
+        .map(|meta| meta.expect("listed").path)
+        .filter(|path| std::future::ready(path.starts_with("v1/b")))
+        .collect()
+        .await;
+    assert_eq!(behind, HashSet::from(["v1/b/y/z".to_owned(), "v1/bb/y".to_owned()]));
+    store.delete("v1/b/y/z").await.expect("deleted");
     assert!(store.list("v2").await.expect("listed").is_empty());
 
     // Deletion is idempotent, and what is gone can't be swapped back.

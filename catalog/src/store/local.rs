@@ -131,12 +131,13 @@ impl LocalStore {
         blocking(move || inner.delete(&path)).await
     }
 
-    pub(super) fn list(&self, prefix: &str) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
+    pub(super) fn list(&self, prefix: &str, after: Option<&str>) -> BoxStream<'static, Result<ObjectMeta, StoreError>> {
         let (sender, receiver) = tokio::sync::mpsc::channel(LIST_AHEAD_MAX);
         let (inner, prefix) = (self.inner.clone(), prefix.to_owned());
+        let after = after.unwrap_or_default().to_owned();
         // Ends when the walk does or when the stream is dropped, whichever is first.
         tokio::task::spawn_blocking(move || {
-            inner.walk(&prefix, &mut |item| sender.blocking_send(item).is_ok());
+            inner.walk(&prefix, &after, &mut |item| sender.blocking_send(item).is_ok());
         });
         futures::stream::unfold(receiver, async |mut receiver| receiver.recv().await.map(|item| (item, receiver)))
             .boxed()

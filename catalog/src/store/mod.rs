@@ -430,8 +430,28 @@ impl Store {
         path::check(prefix)?;
         self.count("list");
         Ok(match &self.backend {
-            Backend::Local(local) => local.list(prefix),
-            Backend::Cloud(cloud) => cloud.list(prefix),
+            Backend::Local(local) => local.list(prefix, None),
+            Backend::Cloud(cloud) => cloud.list(prefix, None),
+        })
+    }
+
+    /// As [`Store::list_stream`], but only objects whose path sorts behind `after`. What sorts before is not even transferred,
+    /// so that the end of a long log costs one request.
+    ///
+    /// # Errors
+    /// As [`Store::list_stream`].
+    pub fn list_stream_after(
+        &self,
+        prefix: &str,
+        after: &str,
+    ) -> Result<BoxStream<'static, Result<ObjectMeta, StoreError>>, StoreError> {
+        let prefix = prefix.trim_end_matches('/');
+        path::check(prefix)?;
+        path::check(after)?;
+        self.count("list");
+        Ok(match &self.backend {
+            Backend::Local(local) => local.list(prefix, Some(after)),
+            Backend::Cloud(cloud) => cloud.list(prefix, Some(after)),
         })
     }
 

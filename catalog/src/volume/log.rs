@@ -350,9 +350,13 @@ impl LogReader {
     /// [`LogError::Store`] where the log can't be listed.
     pub async fn open(store: &Store, header: &VolumeHeader, from: LogPosition) -> Result<Self, LogError> {
         let mut hints = VecDeque::new();
-        for folder in [paths::log_folder(header.volume), paths::checkpoint_folder(header.volume)] {
+        // What lies before the position says nothing about the end, and would be a request for each thousand entries.
+        for (folder, after) in [
+            (paths::log_folder(header.volume), paths::log_entry(header.volume, from.seq)),
+            (paths::checkpoint_folder(header.volume), paths::checkpoint(header.volume, from.seq)),
+        ] {
             let mut newest = None;
-            let mut listing = store.list_stream(&folder)?;
+            let mut listing = store.list_stream_after(&folder, &after)?;
             while let Some(meta) = listing.next().await {
                 let meta = meta?;
                 if let Some(seq) = paths::sequence(&meta.path) {

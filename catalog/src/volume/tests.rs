@@ -2,6 +2,8 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "images of tests are small")]
 
+mod many_points;
+
 use common::clock::{Clock, UnixMillis};
 use common::error::{Dispose as _, Disposition};
 use common::format::checkpoint::CheckpointHead;

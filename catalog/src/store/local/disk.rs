@@ -124,8 +124,9 @@ impl Inner {
         work().map_err(|error| self.write_error("delete", path, &error))
     }
 
-    /// Calls `take` for each object under `prefix` until it returns false. An error is the last item.
-    pub(super) fn walk(&self, prefix: &str, take: &mut dyn FnMut(Result<ObjectMeta, StoreError>) -> bool) {
+    /// Calls `take` for each object under `prefix` whose path sorts behind `after`, until it returns false. An error is the
+    /// last item.
+    pub(super) fn walk(&self, prefix: &str, after: &str, take: &mut dyn FnMut(Result<ObjectMeta, StoreError>) -> bool) {
         // Directories still to read: bounded by the depth and width of the store's own layout.
         let mut pending = vec![prefix.to_owned()];
         while let Some(folder) = pending.pop() {
@@ -138,9 +139,17 @@ impl Inner {
                 }
             };
             for entry in entries {
-                let found = entry.and_then(|entry| Ok((entry.file_name(), entry.metadata()?)));
+                let found = entry.and_then(|entry| {
+                    let name = entry.file_name();
+                    // Asking each file for its size is what costs: not those that are not wanted.
+                    let wanted = after.is_empty()
+                        || !entry.file_type()?.is_file()
+                        || name.to_str().is_none_or(|name| format!("{folder}/{name}").as_str() > after);
+                    Ok(if wanted { Some((name, entry.metadata()?)) } else { None })
+                });
                 let (name, meta) = match found {
-                    Ok(found) => found,
+                    Ok(Some(found)) => found,
+                    Ok(None) => continue,
                     // Deleted while we walked.
                     Err(error) if error.kind() == ErrorKind::NotFound => continue,
                     Err(error) => {
