@@ -1,6 +1,7 @@
 //! Every way in which a command ends badly, and its exit code.
 
 use catalog::retention::policy_object::PolicyObjectError;
+use catalog::retention::store_time::StoreTimeError;
 use catalog::store::StoreError;
 use catalog::volume::LogError;
 use catalog::volume::header::HeaderError;
@@ -55,6 +56,9 @@ pub enum OperatorError {
     /// A volume's policy.
     #[error(transparent)]
     Policy(Box<PolicyObjectError>),
+    /// The store's time.
+    #[error(transparent)]
+    StoreTime(#[from] StoreTimeError),
     /// Serving.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -128,6 +132,7 @@ impl Dispose for OperatorError {
             Self::Change(ChangeError::Lifecycle(error)) => error.disposition(),
             Self::Change(_) => Disposition::BadInput,
             Self::Policy(error) => error.disposition(),
+            Self::StoreTime(error) => error.disposition(),
             Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
                 Disposition::BadInput
             }

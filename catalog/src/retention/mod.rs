@@ -8,6 +8,7 @@
 //! Promises: deciding is pure and can be shown before it is done; ages are counted in the store's time alone, and clocks that
 //! disagree stop expiry with an error. Never: expires a volume's newest point by time alone.
 
+pub mod points;
 pub mod policy;
 pub mod policy_object;
 pub mod store_time;

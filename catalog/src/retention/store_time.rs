@@ -58,10 +58,8 @@ pub enum StoreTimeError {
         /// The time of something it wrote before.
         known: UnixMillis,
     },
-    /// The store does not list what it was just given.
-    #[error(
-        "the store does not list {path}, which was just written there: nothing is expired or deleted; is its listing consistent?"
-    )]
+    /// The store does not list what lies there.
+    #[error("the store does not list {path}, which it has: nothing is expired or deleted; is its listing consistent?")]
     NotListed {
         /// The object.
         path: String,
