@@ -116,8 +116,8 @@ impl Registry {
     /// Says at each heartbeat that this receiver lives; until dropped.
     pub async fn run(&self) {
         loop {
-            self.publish().await;
             tokio::time::sleep(self.heartbeat).await;
+            self.publish().await;
         }
     }
 
