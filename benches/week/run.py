@@ -46,7 +46,7 @@ def counted(pair):
     writes = sum(count for op, count in requests.items() if op in WRITES)
     reads = sum(count for op, count in requests.items() if op in READS)
     sent = sum(metrics(pair.metrics, "blockferry_store_sent_bytes_total").values())
-    return writes, reads, sent
+    return writes, reads, sent, requests
 
 
 def bench(given, folder, server):
@@ -85,16 +85,18 @@ def bench(given, folder, server):
             sender.terminate()
             sender.wait()
         pair.close()
-    report(given, full, [b - a for a, b in zip(before, after)], changed)
+    by_op = {op: count - before[3].get(op, 0) for op, count in sorted(after[3].items())}
+    report(given, full, [b - a for a, b in zip(before[:3], after[:3])], changed, by_op)
 
 
-def report(given, full, week, changed):
+def report(given, full, week, changed, by_op):
     size, writes, reads, stored = given.size_mib << 20, *week
     scale = HOURS_PER_MONTH / given.hours
     print(f"\n{given.size_mib} MiB volume, {given.hours} hours, {given.percent} % of its pages overwritten in each, a point each hour, nothing collected")
     print(f"first replication: {full[2] / 1e6:.1f} MB stored, {full[0]:.0f} write requests (PUT, parts, lists), {full[1]:.0f} reads (GET, HEAD)")
     print(f"the week:          {changed / 1e6:.1f} MB changed, {stored / 1e6:.1f} MB stored ({stored / changed:.2f} × what changed), {writes:.0f} write requests, {reads:.0f} reads")
     print(f"                   {writes / given.hours:.2f} writes and {reads / given.hours:.2f} reads a point, {writes / (stored / (1 << 30)):.0f} writes per GiB stored")
+    print(f"                   by operation: {', '.join(f'{op} {count:.0f}' for op, count in by_op.items() if count)}")
     # Storage over the first month: the full copy, and on average half of what the month adds.
     volume_gb = (full[2] + stored * scale / 2) / 1e9
     volume = volume_gb * GB_MONTH + scale * (writes * PUT + reads * GET)

@@ -113,6 +113,23 @@ async fn requests_that_fail_for_a_while_are_made_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_request_that_hangs_is_given_up_and_made_again() {
+    let hang = std::time::Duration::from_secs(20);
+    for (proxy, at) in behind_proxies("hanging") {
+        // Longer than anything takes here, shorter than it hangs.
+        let store = at.with("AWS_TIMEOUT", "4 seconds").with("AZURE_TIMEOUT", "4 seconds").open().await;
+        proxy.fail(1, Fault::Delay(hang), |head| head.method == "PUT");
+        let started = std::time::Instant::now();
+        let outcome = store.put_if_absent("v1/slow", "nonce".into()).await.expect("created in the end");
+        assert_eq!(outcome, PutOutcome::Created, "{}", at.url);
+        proxy.fail(1, Fault::Delay(hang), |head| head.method == "GET");
+        assert_eq!(store.get("v1/slow").await.expect("got in the end"), "nonce");
+        assert!(started.elapsed() < hang, "it waited for the request that hung: {:?}", started.elapsed());
+        assert_eq!(proxy.faults(), 2, "{}", at.url);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_bit_flipped_on_the_way_up_is_noticed_and_the_body_sent_again() {
     let fake = GcsFake::start();
     let google = FaultProxy::start(fake.address());
