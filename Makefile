@@ -89,6 +89,7 @@ test-long: test-deps build
 ## LVM and md in a guest under two kernels, killed hard; a guest that boots from a served point. Emulated: some minutes.
 test-guest: test-deps guest-deps build
 	python3 tests/guest/run.py $(BIN_DIR) $(CACHE_DIR)
+	python3 tests/guest/drill.py $(BIN_DIR) $(CACHE_DIR)
 	python3 tests/guest/serve.py $(BIN_DIR) $(CACHE_DIR)
 
 fuzz-short:

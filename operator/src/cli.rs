@@ -14,6 +14,7 @@ use common::ops::cli::{LogArgs, MemoryArgs, version_text};
 use common::ops::exit::{ExitCode, report_error};
 use common::ops::{logging, panic_guard};
 
+use crate::drill::{self, DrillArgs};
 use crate::error::OperatorError;
 use crate::lifecycle::LifecycleCommand;
 use crate::policy::PolicyCommand;
@@ -143,6 +144,11 @@ enum Command {
         #[command(flatten)]
         memory: MemoryArgs,
     },
+    /// Restore a recovery point to a scratch disk, check its file systems, and boot it
+    #[command(
+        after_help = "Examples:\n  blockferry drill --store file:///srv/store --volume root --key-file blockferry.key\n  blockferry drill --store s3://backups/site-a --volume web-1/root --point 2026-01-31T12:00:00Z --key-file blockferry.key --boot\n\nExit code 3 where the point was restored but not all of it could be checked. What was shown is kept in the store: see `blockferry points`."
+    )]
+    Drill(DrillArgs),
     /// Serve a recovery point as a disk over NBD, at once; writes go to a local overlay
     #[command(
         after_help = "Examples:\n  blockferry serve --store s3://backups/site-a --volume web-1/root --key-file blockferry.key --nbd /run/root.sock\n  qemu-system-x86_64 -m 2G -drive file='nbd+unix:///root?socket=/run/root.sock',format=raw,if=virtio\n  blockferry serve --store file:///srv/store --volume root --key-file blockferry.key --nbd 127.0.0.1:10809 --overlay root.overlay\n\nIt ends with SIGTERM or ^C. The same command with the same --overlay goes on with what was written."
@@ -305,6 +311,11 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             let budget_bytes = budget(memory)?;
             let request = VerifyRequest { volume, point, key_file, expect_head, json, budget_bytes };
             verify::run(&open(&store).await?, &request, &mut out).await?;
+        }
+        Command::Drill(args) => {
+            let budget_bytes = budget(args.memory)?;
+            let store = open(&args.store).await?;
+            drill::run(&store, &args, budget_bytes, &mut out).await?;
         }
         Command::Serve(args) => {
             let budget_bytes = budget(args.memory)?;

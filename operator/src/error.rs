@@ -10,6 +10,7 @@ use common::error::{Dispose, Disposition};
 use common::ops::exit::ExitCode;
 use common::ops::logging::LoggingError;
 
+use crate::drill::DrillError;
 use crate::epochs::EpochError;
 use crate::keys::KeyError;
 use crate::lifecycle::ChangeError;
@@ -59,6 +60,9 @@ pub enum OperatorError {
     /// The store's time.
     #[error(transparent)]
     StoreTime(#[from] StoreTimeError),
+    /// A drill failed, or is worth less than asked for.
+    #[error(transparent)]
+    Drill(#[from] DrillError),
     /// Serving.
     #[error(transparent)]
     Serve(#[from] ServeError),
@@ -113,6 +117,7 @@ impl OperatorError {
             | Self::Restore(RestoreError::Target(TargetError::NotAFile { .. })) => ExitCode::Usage,
             Self::Serve(error) => error.exit(),
             Self::Change(error) if crate::lifecycle::is_usage(error) => ExitCode::Usage,
+            Self::Drill(error) => error.exit(),
             _ => ExitCode::Failed,
         }
     }
@@ -128,6 +133,7 @@ impl Dispose for OperatorError {
             Self::Epoch(error) => error.disposition(),
             Self::Verify(_) => Disposition::Corrupt,
             Self::Restore(error) => error.disposition(),
+            Self::Drill(error) => error.disposition(),
             Self::Serve(error) => error.disposition(),
             Self::Change(ChangeError::Lifecycle(error)) => error.disposition(),
             Self::Change(_) => Disposition::BadInput,

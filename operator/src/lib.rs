@@ -4,6 +4,7 @@
 //! closes: the checkpoint, which nobody countersigns yet, is not asked (decision 0004).
 
 pub mod cli;
+pub mod drill;
 pub mod epochs;
 pub mod error;
 pub mod intact;
