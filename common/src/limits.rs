@@ -59,6 +59,10 @@ pub const SEGMENT_RECORDS_MAX: usize = 1 << 20;
 pub const LOG_ENTRY_SEGMENTS_MAX: usize = 4_096;
 /// Epochs that one log entry may commit.
 pub const LOG_ENTRY_EPOCHS_MAX: usize = 1_024;
+/// Points that one entry of maintenance may expire.
+pub const LOG_ENTRY_EXPIRED_MAX: usize = 65_536;
+/// Segments that one entry of maintenance may replace.
+pub const LOG_ENTRY_PATHS_MAX: usize = 8_192;
 /// Log entries after which a checkpoint is made.
 pub const CHECKPOINT_INTERVAL_ENTRIES: u64 = 64;
 
@@ -85,6 +89,12 @@ const _: () = assert!(EPOCH_SEALED_BYTES_MAX.div_ceil(SEGMENT_BYTES_MIN) < LOG_E
 const _: () = assert!(EPOCH_RECORDS_DECODE_MAX <= SEGMENT_RECORDS_MAX);
 const _: () = assert!(
     LOG_ENTRY_EPOCHS_MAX * CLOSE_BYTES_MAX + LOG_ENTRY_SEGMENTS_MAX * (STORE_PATH_BYTES_MAX + 128)
+        <= ENVELOPE_BODY_BYTES_MAX
+);
+const _: () = assert!(
+    LOG_ENTRY_EXPIRED_MAX * 32
+        + LOG_ENTRY_PATHS_MAX * (STORE_PATH_BYTES_MAX + 4)
+        + LOG_ENTRY_SEGMENTS_MAX * (2 * STORE_PATH_BYTES_MAX + 128)
         <= ENVELOPE_BODY_BYTES_MAX
 );
 const _: () = assert!(EPOCH_RECORDS_DECODE_MAX * RECORD_META_BYTES <= ENVELOPE_BODY_BYTES_MAX);

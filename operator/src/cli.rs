@@ -25,7 +25,7 @@ use crate::select::{PointWanted, parse_close};
 use crate::serve::{self, ServeArgs, ServeError};
 use crate::status::{self, StatusArgs};
 use crate::verify::{self, VerifyRequest};
-use crate::{points, volumes};
+use crate::{points, prune, volumes};
 
 const EXAMPLES: &str = "Examples:
   blockferry points --store s3://backups/site-a --volume web-1/root
@@ -59,6 +59,11 @@ pub(crate) struct StoreArgs {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    /// Expire points by each volume's policy and collect what no retained point needs
+    #[command(
+        after_help = "Examples:\n  blockferry prune --store s3://backups/site-a --dry-run\n  blockferry prune --store file:///srv/store --volume web-1/root --grace 7d --json\n\nSafe beside receivers, restores and other prunes; killed anywhere, run it again."
+    )]
+    Prune(prune::PruneArgs),
     /// List recovery points, oldest first
     #[command(
         after_help = "Examples:\n  blockferry points --store file:///srv/store\n  blockferry points --store file:///srv/store --volume web-1/root --json"
@@ -317,6 +322,7 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             let store = open(&args.store).await?;
             drill::run(&store, &args, budget_bytes, &mut out).await?;
         }
+        Command::Prune(args) => prune::run(&open(&args.store).await?, &args, &mut out).await?,
         Command::Serve(args) => {
             let budget_bytes = budget(args.memory)?;
             let store = open(&args.store).await?;

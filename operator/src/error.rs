@@ -1,5 +1,6 @@
 //! Every way in which a command ends badly, and its exit code.
 
+use catalog::retention::CollectError;
 use catalog::retention::policy_object::PolicyObjectError;
 use catalog::retention::store_time::StoreTimeError;
 use catalog::store::StoreError;
@@ -66,6 +67,9 @@ pub enum OperatorError {
     /// Serving.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// Collecting.
+    #[error(transparent)]
+    Collect(#[from] CollectError),
     /// The memory budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -139,6 +143,7 @@ impl Dispose for OperatorError {
             Self::Change(_) => Disposition::BadInput,
             Self::Policy(error) => error.disposition(),
             Self::StoreTime(error) => error.disposition(),
+            Self::Collect(error) => error.disposition(),
             Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
                 Disposition::BadInput
             }

@@ -14,6 +14,7 @@ pub mod open;
 pub mod point;
 pub mod points;
 pub mod policy;
+pub mod prune;
 pub mod restore;
 pub mod select;
 pub mod serve;

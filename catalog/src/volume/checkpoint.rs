@@ -10,6 +10,8 @@ mod write;
 pub use merge::{Candidate, merge_page};
 pub use write::{CheckpointBounds, CheckpointWritten, write_checkpoint};
 
+use std::collections::HashSet;
+
 use common::error::{Dispose, Disposition};
 use common::format::FormatError;
 use common::format::checkpoint::{CheckpointHead, KIND, PointSummary};
@@ -93,7 +95,7 @@ pub struct VolumeView {
     pub header: VolumeHeader,
     /// The end of the log: newest entry, generation and committed close.
     pub position: LogPosition,
-    /// All recovery points, oldest first.
+    /// All recovery points that did not expire, oldest first.
     pub points: Vec<PointSummary>,
     /// Bytes of records committed since the newest point.
     pub unpointed_bytes: u64,
@@ -128,6 +130,10 @@ pub async fn open_view(store: &Store, header: &VolumeHeader) -> Result<VolumeVie
     let mut reader = LogReader::open(store, header, view.position.clone()).await?;
     while let Some(read) = reader.next().await? {
         view.entries_since_checkpoint += 1;
+        if let Some(maintenance) = read.entry.maintenance.as_ref().filter(|stated| !stated.expired.is_empty()) {
+            let expired: HashSet<_> = maintenance.expired.iter().collect();
+            view.points.retain(|point| !expired.contains(&point.id));
+        }
         for committed in &read.entry.epochs {
             view.points.extend(summary(&committed.close, read.entry.written, &mut view.unpointed_bytes));
         }

@@ -3,12 +3,12 @@
 //! Some 500 bytes for each epoch and 200 for each segment. Everything in it was checked as [`super::log`] promises: the
 //! checkpoint is not asked, since nothing proves it yet (decision 0004).
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use common::clock::UnixMillis;
 use common::format::checkpoint::PointSummary;
 use common::format::close::Close;
-use common::format::log::{LogEntry, SegmentRef};
+use common::format::log::{LogEntry, Maintenance, SegmentRef};
 use common::format::volume_header::VolumeHeader;
 use common::ids::{CloseId, LogSeq};
 
@@ -38,6 +38,8 @@ pub struct History {
     /// The end of the log.
     pub position: LogPosition,
     known: HashMap<String, u32>,
+    expired: HashSet<CloseId>,
+    given_up: HashMap<String, LogSeq>,
 }
 
 impl History {
@@ -46,9 +48,19 @@ impl History {
     /// # Errors
     /// Those of [`LogReader`].
     pub async fn read(store: &Store, header: &VolumeHeader) -> Result<Self, LogError> {
+        Self::read_up_to(store, header, LogSeq(u64::MAX)).await
+    }
+
+    /// Reads the log of `header`'s volume up to the entry `last`, or its end.
+    ///
+    /// # Errors
+    /// Those of [`LogReader`].
+    pub async fn read_up_to(store: &Store, header: &VolumeHeader, last: LogSeq) -> Result<Self, LogError> {
         let mut reader = LogReader::open(store, header, LogPosition::default()).await?;
         let mut history = Self::default();
-        while let Some(ReadEntry { entry, .. }) = reader.next().await? {
+        while reader.position().seq < last
+            && let Some(ReadEntry { entry, .. }) = reader.next().await?
+        {
             history.push(&entry);
         }
         history.position = reader.position().clone();
@@ -77,6 +89,9 @@ impl History {
 
     /// Adds an entry that follows the ones before. Does not move [`Self::position`].
     pub fn push(&mut self, entry: &LogEntry) {
+        if let Some(maintenance) = &entry.maintenance {
+            self.apply(entry.seq, maintenance);
+        }
         let places: Vec<u32> = entry.segments.iter().map(|segment| self.place(segment)).collect();
         for committed in &entry.epochs {
             self.epochs.push(HistoryEpoch {
@@ -88,12 +103,60 @@ impl History {
         }
     }
 
-    /// All recovery points, oldest first.
+    /// What a collector stated.
+    fn apply(&mut self, seq: LogSeq, maintenance: &Maintenance) {
+        self.expired.extend(&maintenance.expired);
+        self.given_up.extend(maintenance.condemned.iter().map(|path| (path.clone(), seq)));
+        let mut moved: HashMap<u32, u32> = HashMap::new();
+        for replacement in &maintenance.replaced {
+            let new = self.place(&replacement.new);
+            for path in &replacement.old {
+                moved.extend(self.known.remove(path).map(|old| (old, new)));
+                self.given_up.insert(path.clone(), seq);
+            }
+        }
+        if moved.is_empty() {
+            return;
+        }
+        for epoch in &mut self.epochs {
+            if epoch.segments.iter().any(|place| moved.contains_key(place)) {
+                let mut places: Vec<u32> = Vec::with_capacity(epoch.segments.len());
+                for place in &epoch.segments {
+                    let place = *moved.get(place).unwrap_or(place);
+                    // Two old segments of one epoch may have become one.
+                    if !places.contains(&place) {
+                        places.push(place);
+                    }
+                }
+                epoch.segments = places;
+            }
+        }
+    }
+
+    /// All recovery points that are offered, oldest first: those that did not expire.
     #[must_use]
     pub fn points(&self) -> Vec<PointSummary> {
         let mut new_bytes = 0;
         let summarise = |epoch: &HistoryEpoch| summary(&epoch.close, epoch.written, &mut new_bytes);
-        self.epochs.iter().filter_map(summarise).collect()
+        self.epochs.iter().filter_map(summarise).filter(|point| !self.expired.contains(&point.id)).collect()
+    }
+
+    /// True where the point that `close` asserts has expired.
+    #[must_use]
+    pub fn is_expired(&self, close: CloseId) -> bool {
+        self.expired.contains(&close)
+    }
+
+    /// Objects that a collector gave up, replaced or condemned, and the entry that says so.
+    #[must_use]
+    pub fn given_up(&self) -> &HashMap<String, LogSeq> {
+        &self.given_up
+    }
+
+    /// True where an epoch has records in the segment at `path`, as the log stands.
+    #[must_use]
+    pub fn names(&self, path: &str) -> bool {
+        self.known.contains_key(path)
     }
 
     /// The place in [`Self::epochs`] of the epoch that `close` ended.

@@ -135,6 +135,24 @@ pub enum LogError {
         /// Bound.
         max: usize,
     },
+    /// A collector gave a segment up that nothing had named yet.
+    #[error("{path} was not named by any entry for so long that {entry} gave it up: its records are to be stored anew")]
+    Condemned {
+        /// The segment.
+        path: String,
+        /// The entry that says so.
+        entry: String,
+    },
+    /// An entry of maintenance that raises the generation, or is the log's first.
+    #[error("{path}: an entry of maintenance is of generation {found}, the one before it of {before}: it must keep it")]
+    Maintenance {
+        /// The entry.
+        path: String,
+        /// Generation found.
+        found: Generation,
+        /// Generation before.
+        before: Generation,
+    },
     /// An earlier attempt at this place, whose reply was lost, won with other content than is to be committed now.
     #[error("{path} was already committed by this receiver with other epochs than are given now")]
     OtherAttempt {
@@ -158,6 +176,7 @@ impl LogError {
             | Self::WrongParent { path, .. }
             | Self::NotGrowing { path, .. }
             | Self::ForeignClose { path, .. }
+            | Self::Maintenance { path, .. }
             | Self::Signature { path, .. } => Some(path),
             _ => None,
         }
@@ -175,8 +194,11 @@ impl Dispose for LogError {
             | Self::WrongParent { .. }
             | Self::NotGrowing { .. }
             | Self::ForeignClose { .. }
+            | Self::Maintenance { .. }
             | Self::Signature { .. } => Disposition::Corrupt,
             Self::Fenced { .. } => Disposition::Fenced,
+            // Once more from the stage, which gives the segment another name.
+            Self::Condemned { .. } => Disposition::Retry,
             Self::TooMuch { .. } | Self::OtherAttempt { .. } => Disposition::Bug,
             Self::Rng(_) => Disposition::Retry,
         }
@@ -216,7 +238,7 @@ impl LogPosition {
     }
 
     /// Moves to `entry`, read from `path` and with `digest`, if it may come next: right volume and number, names this
-    /// position's digest, its generation does not fall, its closes chain from the head, epochs grow, and every close fits
+    /// position's digest, its generation does not fall (that of maintenance stays), its closes chain from the head, epochs grow, and every close fits
     /// `header` and is signed by its key. Unchanged on error.
     ///
     /// # Errors
@@ -242,6 +264,9 @@ impl LogPosition {
                 found: entry.generation.0,
                 before: self.generation.0,
             });
+        }
+        if entry.maintenance.is_some() && (entry.generation != self.generation || self.seq == LogSeq(0)) {
+            return Err(LogError::Maintenance { path: path(), found: entry.generation, before: self.generation });
         }
         let mut head: Option<&Close> = self.head.as_ref();
         for committed in &entry.epochs {

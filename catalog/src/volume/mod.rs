@@ -15,6 +15,7 @@
 //! Never: holds a data key; deletes anything but volumes that were deleted ([`lifecycle::purge`]).
 
 pub mod checkpoint;
+pub mod epochs;
 #[cfg(any(test, feature = "fixture"))]
 pub mod fixture;
 pub mod header;

@@ -106,18 +106,34 @@ impl LogWriter {
     /// Commits epochs whose records lie in `segments`, all durably stored before: creates the next entry. When this returns
     /// `Ok` they are committed.
     ///
-    /// After an error of kind `Retry` the entry may or may not be there: call again with the same epochs, which finds out.
+    /// Entries of maintenance that a collector made meanwhile are followed, and the next number is taken.
+    ///
+    /// After an error of kind `Retry` the entry may or may not be there: call again with the same epochs, which finds out; but
+    /// after [`LogError::Condemned`] it is not, and the segments are to be stored anew under fresh names.
     /// Dropping the future is the same as such an error. After [`LogError::Fenced`] every call fails so.
     ///
     /// # Errors
     /// [`LogError::Fenced`]; [`LogError::WrongParent`], [`LogError::NotGrowing`], [`LogError::Signature`] and
     /// [`LogError::ForeignClose`] for closes that may not come next (nothing was written); [`LogError::TooMuch`];
-    /// [`LogError::Store`].
+    /// [`LogError::Condemned`]; [`LogError::Store`].
     pub async fn append(
         &mut self,
         segments: Vec<SegmentRef>,
         epochs: Vec<CommittedEpoch>,
     ) -> Result<Appended, LogError> {
+        loop {
+            if let Some(appended) = self.try_append(&segments, &epochs).await? {
+                return Ok(appended);
+            }
+        }
+    }
+
+    /// `None` where maintenance took the number: the next one is to be tried.
+    async fn try_append(
+        &mut self,
+        segments: &[SegmentRef],
+        epochs: &[CommittedEpoch],
+    ) -> Result<Option<Appended>, LogError> {
         if let Some((winner, generation, path)) = &self.fenced {
             return Err(LogError::Fenced {
                 volume: self.header.volume,
@@ -147,8 +163,9 @@ impl LogWriter {
             previous: self.position.digest,
             nonce: Nonce(common::rng::random()?),
             written: self.clock.now(),
-            segments,
-            epochs,
+            segments: segments.to_vec(),
+            epochs: epochs.to_vec(),
+            maintenance: None,
         };
         let encoded = Bytes::from(entry.encode());
         // Judged before it is written, by the rule that readers apply.
@@ -158,21 +175,40 @@ impl LogWriter {
         let wanted: Vec<CloseId> = entry.epochs.iter().map(|epoch| epoch.close.id()).collect();
         self.attempts.push(Attempt { nonce: entry.nonce, epochs: wanted.clone() });
         match self.store.put_if_absent(&path, encoded).await {
-            Ok(PutOutcome::Created) => Ok(self.advance(position)),
+            Ok(PutOutcome::Created) => Ok(Some(self.advance(position))),
             Ok(PutOutcome::Exists) => {
                 let found = self.store.get(&path).await?;
-                self.settle(&path, &found, &wanted)
+                self.settle(&path, &found, segments, &wanted)
             }
             Err(error) => match self.store.get(&path).await {
-                Ok(found) => self.settle(&path, &found, &wanted),
+                Ok(found) => self.settle(&path, &found, segments, &wanted),
                 Err(_) => Err(error.into()),
             },
         }
     }
 
-    /// Decides whose the entry at the wanted number is.
-    fn settle(&mut self, path: &str, found: &[u8], wanted: &[CloseId]) -> Result<Appended, LogError> {
+    /// Decides whose the entry at the wanted number is; `None` where it is maintenance, which was followed.
+    fn settle(
+        &mut self,
+        path: &str,
+        found: &[u8],
+        segments: &[SegmentRef],
+        wanted: &[CloseId],
+    ) -> Result<Option<Appended>, LogError> {
         let entry = LogEntry::decode(found).map_err(|source| LogError::Damaged { path: path.to_owned(), source })?;
+        if let Some(maintenance) = &entry.maintenance
+            && entry.generation == self.position.generation
+        {
+            let mut position = self.position.clone();
+            position.follow(&self.header, path, &entry, LogEntry::digest_of(found))?;
+            // The number is taken, so none of the attempts at it can appear any more.
+            self.advance(position);
+            let named = |segment: &&SegmentRef| maintenance.condemned.contains(&segment.path);
+            return match segments.iter().find(named) {
+                Some(segment) => Err(LogError::Condemned { path: segment.path.clone(), entry: path.to_owned() }),
+                None => Ok(None),
+            };
+        }
         let Some(own) = self.attempts.iter().position(|attempt| attempt.nonce == entry.nonce) else {
             self.fenced = Some((entry.writer, entry.generation, path.to_owned()));
             return Err(LogError::Fenced {
@@ -186,7 +222,7 @@ impl LogWriter {
         let mut position = self.position.clone();
         position.follow(&self.header, path, &entry, LogEntry::digest_of(found))?;
         let appended = self.advance(position);
-        if same { Ok(appended) } else { Err(LogError::OtherAttempt { path: path.to_owned() }) }
+        if same { Ok(Some(appended)) } else { Err(LogError::OtherAttempt { path: path.to_owned() }) }
     }
 
     fn advance(&mut self, position: LogPosition) -> Appended {

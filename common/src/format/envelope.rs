@@ -51,6 +51,12 @@ impl Kind {
         bytes
     }
 
+    /// The version that an envelope at the front of `bytes` says it is of; `None` where they are too short.
+    #[must_use]
+    pub fn version_of(bytes: &[u8]) -> Option<u16> {
+        bytes.get(8..10).map(|version| u16::from_le_bytes([version[0], version[1]]))
+    }
+
     /// The body of an envelope that fills `bytes` exactly.
     ///
     /// # Errors

@@ -10,12 +10,14 @@ use super::close::Close;
 use super::envelope::Kind;
 use super::wire::{Reader, Writer};
 use crate::clock::UnixMillis;
-use crate::ids::{Digest, Generation, LogSeq, Nonce, ReceiverId, VolumeId};
+use crate::ids::{CloseId, Digest, Generation, LogSeq, Nonce, ReceiverId, VolumeId};
 use crate::limits;
 
-/// Envelope of a log entry.
+/// Envelope of a log entry: the newest version.
 pub const KIND: Kind =
-    Kind { what: "log entry", magic: *b"BFLOGENT", version: 1, body_bytes_max: limits::ENVELOPE_BODY_BYTES_MAX };
+    Kind { what: "log entry", magic: *b"BFLOGENT", version: 2, body_bytes_max: limits::ENVELOPE_BODY_BYTES_MAX };
+/// Envelope of an entry that a writer of epochs makes, which readers of the first release understand.
+const KIND_V1: Kind = Kind { version: 1, ..KIND };
 const SEGMENT_REF_BYTES_MIN: usize = 4 + 8 + 32 + 8 + 4;
 const EPOCH_BYTES_MIN: usize = 4 + 4;
 
@@ -72,6 +74,63 @@ pub struct CommittedEpoch {
     pub segments: Vec<u32>,
 }
 
+/// Segments that another one stands for from now on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Replacement {
+    /// Holds the records of the old ones that any retained point needs, verbatim, and the metadata of all of them.
+    pub new: SegmentRef,
+    /// Full paths of the old ones.
+    pub old: Vec<String>,
+}
+
+/// What a collector states: which points, and which objects, are given up.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Maintenance {
+    /// Closes whose recovery points are not offered any more. They stay in the chain of closes.
+    pub expired: Vec<CloseId>,
+    /// Segments rewritten.
+    pub replaced: Vec<Replacement>,
+    /// Full paths of objects that no entry before this one names, and that no later one may name.
+    pub condemned: Vec<String>,
+}
+
+impl Maintenance {
+    /// True where it states nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.expired.is_empty() && self.replaced.is_empty() && self.condemned.is_empty()
+    }
+}
+
+impl Maintenance {
+    fn decode(reader: &mut Reader<'_>) -> Result<Self, FormatError> {
+        let mut found = Self::default();
+        for _ in 0..reader.count("expired points", limits::LOG_ENTRY_EXPIRED_MAX, 32)? {
+            found.expired.push(CloseId(reader.array()?));
+        }
+        let mut paths = 0;
+        for _ in 0..reader.count("replacements", limits::LOG_ENTRY_SEGMENTS_MAX, SEGMENT_REF_BYTES_MIN + 4)? {
+            let new = SegmentRef::decode(reader)?;
+            let count = reader.count("replaced segments", limits::LOG_ENTRY_PATHS_MAX, 4)?;
+            paths += count;
+            if paths > limits::LOG_ENTRY_PATHS_MAX {
+                return Err(FormatError::OverLimit {
+                    what: "replaced segments",
+                    found: paths as u64,
+                    limit: limits::LOG_ENTRY_PATHS_MAX as u64,
+                });
+            }
+            let old = (0..count).map(|_| reader.text("segment path", limits::STORE_PATH_BYTES_MAX));
+            let old = old.collect::<Result<_, _>>()?;
+            found.replaced.push(Replacement { new, old });
+        }
+        for _ in 0..reader.count("condemned objects", limits::LOG_ENTRY_SEGMENTS_MAX, 4)? {
+            found.condemned.push(reader.text("condemned path", limits::STORE_PATH_BYTES_MAX)?);
+        }
+        Ok(found)
+    }
+}
+
 /// One entry of a volume's log.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LogEntry {
@@ -93,6 +152,8 @@ pub struct LogEntry {
     pub segments: Vec<SegmentRef>,
     /// Epochs committed, in the order of their parent chain. Empty in an entry that only takes a generation.
     pub epochs: Vec<CommittedEpoch>,
+    /// Makes this an entry of maintenance, which has neither segments nor epochs of its own.
+    pub maintenance: Option<Maintenance>,
 }
 
 impl LogEntry {
@@ -118,7 +179,26 @@ impl LogEntry {
                 body.u32(segment);
             }
         }
-        body.u32(0);
+        let Some(maintenance) = &self.maintenance else {
+            body.u32(0);
+            return KIND_V1.seal(body.as_slice());
+        };
+        body.count(maintenance.expired.len());
+        for close in &maintenance.expired {
+            body.raw(&close.0);
+        }
+        body.count(maintenance.replaced.len());
+        for Replacement { new, old } in &maintenance.replaced {
+            new.encode(&mut body);
+            body.count(old.len());
+            for path in old {
+                body.block(path.as_bytes());
+            }
+        }
+        body.count(maintenance.condemned.len());
+        for path in &maintenance.condemned {
+            body.block(path.as_bytes());
+        }
         KIND.seal(body.as_slice())
     }
 
@@ -128,6 +208,7 @@ impl LogEntry {
     /// Any [`FormatError`].
     pub fn decode(bytes: &[u8]) -> Result<Self, FormatError> {
         let mut reader = Reader::new("log entry", KIND.open(bytes)?);
+        let version = Kind::version_of(bytes);
         let mut entry = Self {
             volume: VolumeId(reader.array()?),
             seq: LogSeq(reader.u64()?),
@@ -138,6 +219,7 @@ impl LogEntry {
             written: UnixMillis(reader.i64()?),
             segments: Vec::new(),
             epochs: Vec::new(),
+            maintenance: None,
         };
         let segments = reader.count("log entry segments", limits::LOG_ENTRY_SEGMENTS_MAX, SEGMENT_REF_BYTES_MIN)?;
         for _ in 0..segments {
@@ -158,9 +240,16 @@ impl LogEntry {
             }
             entry.epochs.push(CommittedEpoch { close, segments: indexes });
         }
-        let expiries = reader.u32()?;
-        if expiries != 0 {
-            return Err(FormatError::Invalid { what: "log entry expiries", found: expiries.into() });
+        if version == Some(1) {
+            let expired = reader.u32()?;
+            if expired != 0 {
+                return Err(FormatError::Invalid { what: "expired points of a log entry", found: expired.into() });
+            }
+        } else {
+            if segments + epochs > 0 {
+                return Err(FormatError::Invalid { what: "epochs of an entry of maintenance", found: epochs as u64 });
+            }
+            entry.maintenance = Some(Maintenance::decode(&mut reader)?);
         }
         reader.finish()?;
         Ok(entry)

@@ -4,7 +4,8 @@
 //! 0            16  magic "BFSEGMT\0", version 2, reserved 6
 //! 16           n   records verbatim, one after the other
 //! index_offset m   index: group count 4; per group: volume 16, incarnation 4, epoch 8, record count 4;
-//!                  per record of it: offset 8, metadata 96
+//!                  per record of it: offset 8, metadata 96; in version 2 offset 0 says that the record was collected:
+//!                  its metadata is kept to prove its epoch, its bytes are not here. Such records come first in a group
 //! size - 48    48  footer: index offset 8, index length 4, CRC-32C of the index 4, record count 4, reserved 8, version 2,
 //!                  reserved 2, CRC-32C of the 32 bytes before 4, reserved 4, magic "BFSEGEND"
 //! ```
@@ -19,8 +20,10 @@ const WHAT: &str = "segment";
 /// First eight bytes.
 pub const MAGIC: [u8; 8] = *b"BFSEGMT\0";
 const END_MAGIC: [u8; 8] = *b"BFSEGEND";
-/// Version written and read.
+/// Version written where every record is here.
 pub const VERSION: u16 = 1;
+/// Version written where some records were collected; the newest that is read.
+pub const VERSION_COLLECTED: u16 = 2;
 /// Bytes before the first record.
 pub const PREAMBLE_BYTES: usize = 16;
 /// Bytes after the index.
@@ -33,41 +36,55 @@ pub const INDEX_BYTES_MAX: usize = 64 << 20;
 pub const SEGMENT_BYTES_DECODE_MAX: u64 =
     limits::SEGMENT_BYTES_MAX + limits::RECORD_BYTES_MAX as u64 + INDEX_BYTES_MAX as u64;
 
-/// The bytes before the first record.
+/// The bytes before the first record of a segment with all its records.
 #[must_use]
 pub fn preamble() -> [u8; PREAMBLE_BYTES] {
+    preamble_of(VERSION)
+}
+
+/// The bytes before the first record of a segment of this version.
+#[must_use]
+pub fn preamble_of(version: u16) -> [u8; PREAMBLE_BYTES] {
     let mut bytes = [0; PREAMBLE_BYTES];
     bytes[..8].copy_from_slice(&MAGIC);
-    bytes[8..10].copy_from_slice(&VERSION.to_le_bytes());
+    bytes[8..10].copy_from_slice(&version.to_le_bytes());
     bytes
 }
 
-/// Checks the bytes before the first record.
+/// Checks the bytes before the first record, and gives the segment's version.
 ///
 /// # Errors
 /// [`FormatError::WrongMagic`], [`FormatError::UnknownVersion`], [`FormatError::Truncated`], [`FormatError::Invalid`].
-pub fn check_preamble(bytes: &[u8]) -> Result<(), FormatError> {
+pub fn check_preamble(bytes: &[u8]) -> Result<u16, FormatError> {
     let mut reader = Reader::new(WHAT, bytes);
     if reader.array::<8>()? != MAGIC {
         return Err(FormatError::WrongMagic { what: WHAT });
     }
     let version = reader.u16()?;
-    if version != VERSION {
-        return Err(FormatError::UnknownVersion { what: WHAT, found: version, known: VERSION });
+    if version == 0 || version > VERSION_COLLECTED {
+        return Err(FormatError::UnknownVersion { what: WHAT, found: version, known: VERSION_COLLECTED });
     }
     if reader.array::<6>()? != [0; 6] {
         return Err(FormatError::Invalid { what: "segment preamble", found: 1 });
     }
-    Ok(())
+    Ok(version)
 }
 
 /// One record's place in a segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SegmentEntry {
-    /// Offset of the record from the start of the object.
+    /// Offset of the record from the start of the object; 0 for one that was collected.
     pub offset: u64,
     /// The record's metadata, its length included.
     pub meta: RecordMeta,
+}
+
+impl SegmentEntry {
+    /// True where only the metadata is left: no retained recovery point needs the record.
+    #[must_use]
+    pub fn is_collected(&self) -> bool {
+        self.offset == 0
+    }
 }
 
 /// The records of one epoch in a segment.
@@ -91,6 +108,13 @@ pub struct SegmentIndex {
 }
 
 impl SegmentIndex {
+    /// The version of a segment with this index.
+    #[must_use]
+    pub fn version(&self) -> u16 {
+        let collected = self.groups.iter().flat_map(|group| &group.entries).any(SegmentEntry::is_collected);
+        if collected { VERSION_COLLECTED } else { VERSION }
+    }
+
     /// Index and footer, to be written after the records; `index_offset` is where the index starts.
     #[must_use]
     pub fn encode(&self, index_offset: u64) -> Vec<u8> {
@@ -111,6 +135,7 @@ impl SegmentIndex {
             index_len: bytes.len() as u32,
             index_crc: crc32c::crc32c(&bytes),
             records: records as u32,
+            version: self.version(),
         };
         bytes.extend_from_slice(&footer.encode());
         bytes
@@ -139,10 +164,18 @@ impl SegmentIndex {
             let (volume, incarnation, epoch) =
                 (VolumeId(reader.array()?), Incarnation(reader.u32()?), Epoch(reader.u64()?));
             let count = reader.count("segment records", limits::SEGMENT_RECORDS_MAX, ENTRY_BYTES)?;
-            let mut entries = Vec::with_capacity(count);
+            let mut entries: Vec<SegmentEntry> = Vec::with_capacity(count);
             for _ in 0..count {
                 let offset = reader.u64()?;
                 let meta = RecordMeta::decode(&mut reader)?;
+                // Collected ones come first in their group, so that the others are sorted by their offsets.
+                if offset == 0
+                    && footer.version == VERSION_COLLECTED
+                    && entries.last().is_none_or(SegmentEntry::is_collected)
+                {
+                    entries.push(SegmentEntry { offset, meta });
+                    continue;
+                }
                 if offset < end || offset.saturating_add(meta.record_len.into()) > footer.index_offset {
                     return Err(FormatError::Invalid { what: "segment record offset", found: offset });
                 }
@@ -164,8 +197,11 @@ impl SegmentIndex {
     /// # Errors
     /// Any [`FormatError`].
     pub fn decode_segment(bytes: &[u8]) -> Result<Self, FormatError> {
-        check_preamble(bytes)?;
+        let version = check_preamble(bytes)?;
         let footer = Footer::decode_tail(bytes, bytes.len() as u64)?;
+        if version != footer.version {
+            return Err(FormatError::Invalid { what: "version at a segment's end", found: footer.version.into() });
+        }
         let start = usize::try_from(footer.index_offset).unwrap_or(usize::MAX);
         let index = bytes.get(start..bytes.len() - FOOTER_BYTES).ok_or(FormatError::Truncated {
             what: WHAT,
@@ -185,8 +221,10 @@ pub struct Footer {
     pub index_len: u32,
     /// CRC-32C of the index.
     pub index_crc: u32,
-    /// Records in the segment.
+    /// Records in the segment, collected ones included.
     pub records: u32,
+    /// [`VERSION`], or [`VERSION_COLLECTED`].
+    pub version: u16,
 }
 
 impl Footer {
@@ -198,7 +236,7 @@ impl Footer {
             .u32(self.index_crc)
             .u32(self.records)
             .u64(0)
-            .u16(VERSION)
+            .u16(self.version)
             .u16(0);
         let crc = crc32c::crc32c(writer.as_slice());
         writer.u32(crc).u32(0).raw(&END_MAGIC);
@@ -218,19 +256,21 @@ impl Footer {
         })?;
         let bytes = &tail[start..];
         let mut reader = Reader::new(what, bytes);
-        let footer = Self {
+        let mut footer = Self {
             index_offset: reader.u64()?,
             index_len: reader.u32()?,
             index_crc: reader.u32()?,
             records: reader.u32()?,
+            version: VERSION,
         };
         let (reserved, version, reserved_too) = (reader.u64()?, reader.u16()?, reader.u16()?);
+        footer.version = version;
         let (crc, reserved_last) = (reader.u32()?, reader.u32()?);
         if reader.array::<8>()? != END_MAGIC {
             return Err(FormatError::WrongMagic { what });
         }
-        if version != VERSION {
-            return Err(FormatError::UnknownVersion { what, found: version, known: VERSION });
+        if version == 0 || version > VERSION_COLLECTED {
+            return Err(FormatError::UnknownVersion { what, found: version, known: VERSION_COLLECTED });
         }
         if crc != crc32c::crc32c(&bytes[..32]) || reserved_last != 0 {
             return Err(FormatError::Checksum { what });

@@ -36,6 +36,18 @@ pub enum PlanError {
         /// Where the first of them lies.
         first_byte: u64,
     },
+    /// A record that the point needs was given up, as its point had expired.
+    #[error(
+        "the point at epoch {point} can't be restored any more: a record of epoch {epoch} for block {block} was collected after the point expired; `blockferry points` lists those that can"
+    )]
+    Collected {
+        /// Epoch of the point.
+        point: Epoch,
+        /// Epoch of the record.
+        epoch: Epoch,
+        /// Its block.
+        block: BlockIndex,
+    },
     /// A record sets pages that the disk does not have.
     #[error("epoch {epoch} has a record for block {block}, which reaches beyond the end of the disk")]
     BeyondEnd {
@@ -49,7 +61,7 @@ pub enum PlanError {
 impl Dispose for PlanError {
     fn disposition(&self) -> Disposition {
         match self {
-            Self::Incomplete { .. } => Disposition::BadInput,
+            Self::Incomplete { .. } | Self::Collected { .. } => Disposition::BadInput,
             Self::BeyondEnd { .. } => Disposition::Corrupt,
         }
     }
@@ -102,6 +114,8 @@ pub struct Planner {
     data: Vec<PageMask>,
     missing: u64,
     records: Vec<LiveRecord>,
+    /// A needed record whose payload is gone: its epoch and block.
+    collected: Option<(Epoch, BlockIndex)>,
 }
 
 /// What a window of the disk is made of.
@@ -132,6 +146,7 @@ impl Planner {
             data: vec![PageMask::EMPTY; blocks],
             missing,
             records: Vec::new(),
+            collected: None,
         }
     }
 
@@ -162,6 +177,10 @@ impl Planner {
             let live = fresh.and(meta.data_mask);
             self.data[at] = self.data[at].or(live);
             if !live.is_empty() {
+                if entry.is_collected() {
+                    self.collected.get_or_insert((number, meta.block));
+                    continue;
+                }
                 self.records.push(live_record(epoch, segment, entry.offset, meta, live));
             }
         }
@@ -177,8 +196,11 @@ impl Planner {
     /// Ends planning for the point at `epoch`.
     ///
     /// # Errors
-    /// [`PlanError::Incomplete`] where no epoch set some page.
+    /// [`PlanError::Incomplete`] where no epoch set some page; [`PlanError::Collected`].
     pub fn finish(mut self, epoch: Epoch) -> Result<Plan, PlanError> {
+        if let Some((of, block)) = self.collected {
+            return Err(PlanError::Collected { point: epoch, epoch: of, block });
+        }
         if self.missing > 0 {
             let first = (self.window.clone()).zip(&self.covered).find_map(|(block, covered)| {
                 let missing = self.geometry.pages_of(BlockIndex(block)).without(*covered);

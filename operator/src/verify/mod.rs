@@ -12,8 +12,10 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use catalog::retention::live;
 use catalog::store::Store;
 use catalog::volume::header;
+use catalog::volume::history::History;
 use catalog::volume::proofs::{self, Proof};
 use common::clock::Clock;
 use common::format::checkpoint::PointSummary;
@@ -183,6 +185,9 @@ pub async fn run(store: &Store, request: &VerifyRequest, out: &mut (dyn Write + 
     objects::check_volume_folder(store, header, &history, &mut report).await?;
     let whole = request.point.is_none();
     segments::check(store, &history, newest, whole, data_key.as_ref(), request.budget_bytes, &mut report).await?;
+    if report.bad.is_empty() {
+        check_collected(store, &history, newest, whole, &mut report).await?;
+    }
     report.newest_intact = newest_intact(&report.intact).map(|point| point.id.to_string());
     let proof = if data_key.is_some() { Proof::Opened } else { Proof::Verified };
     let proven: Vec<(CloseId, Proof)> = report.intact.iter().map(|point| (point.id, proof)).collect();
@@ -228,6 +233,29 @@ pub(crate) fn tell_intact(point: Option<&PointSummary>) -> String {
         ),
         None => "no intact point is known".to_owned(),
     }
+}
+
+/// Nothing that an offered point among the first `newest` epochs needs (or the last of them alone) may have been collected.
+async fn check_collected(
+    store: &Store,
+    history: &History,
+    newest: usize,
+    whole: bool,
+    report: &mut VerifyReport,
+) -> Result<(), OperatorError> {
+    let offered = |at: &usize| {
+        let close = &history.epochs[*at].close;
+        close.statement().point.is_some() && !history.is_expired(close.id()) && (whole || at + 1 == newest)
+    };
+    let kept: Vec<usize> = (0..newest).filter(offered).collect();
+    for gone in live::find(store, history, &kept, live::INDEX_CACHE_BYTES).await?.gone {
+        let epoch = history.epochs[gone.epoch].close.statement().epoch;
+        report.bad(
+            gone.path,
+            format!("a record of epoch {epoch} for block {} that a point needs is not in it any more", gone.meta.block),
+        );
+    }
+    Ok(())
 }
 
 fn failed(report: &VerifyReport, volume: &str) -> VerifyError {

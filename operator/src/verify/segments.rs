@@ -200,7 +200,8 @@ impl Coverage {
         let geometry = self.enter(history, at);
         for (place, entry) in records {
             // The metadata is proven, so what it calls zero is zero, whatever became of the segment.
-            let gone = if self.bad_segments.contains(place) { entry.meta.data_mask } else { PageMask::EMPTY };
+            let is_gone = self.bad_segments.contains(place) || entry.is_collected();
+            let gone = if is_gone { entry.meta.data_mask } else { PageMask::EMPTY };
             for block in entry.meta.block.0..entry.meta.block.0.saturating_add(entry.meta.block_count.into()) {
                 let pages = entry.meta.pages();
                 let fits = pages.without(geometry.pages_of(BlockIndex(block))).is_empty();
@@ -226,6 +227,9 @@ impl Coverage {
         let epoch = &history.epochs[at];
         let statement = epoch.close.statement();
         let Some(consistency) = statement.point.filter(|_| !self.broken && self.lost_pages == 0) else { return };
+        if history.is_expired(epoch.close.id()) {
+            return;
+        }
         if self.missing == 0 {
             report.points += u64::from(asked);
             report.intact.push(PointSummary {
@@ -265,8 +269,13 @@ impl Scanner {
 
     async fn read(self: &Arc<Self>, reference: &SegmentRef, scanned: &mut Scanned) -> Result<(), ScanError> {
         let index = Arc::new(segment::read_index(&self.store, reference).await?);
-        let mut ends: Vec<u64> =
-            index.groups.iter().flat_map(|group| &group.entries).map(|entry| entry.offset).collect();
+        let mut ends: Vec<u64> = index
+            .groups
+            .iter()
+            .flat_map(|group| &group.entries)
+            .map(|entry| entry.offset)
+            .filter(|at| *at > 0)
+            .collect();
         ends.push(reference.index_offset);
         let mut hasher = blake3::Hasher::new();
         // From now on the epochs in it can be judged, whatever the records turn out to be.
@@ -323,7 +332,8 @@ impl Scanner {
         };
         let (mut records, mut opened, mut pages) = (0, 0, Vec::new());
         for group in &index.groups {
-            let from = group.entries.partition_point(|entry| entry.offset < start);
+            // Collected ones come first in their group; their bytes are nowhere.
+            let from = group.entries.partition_point(|entry| entry.is_collected() || entry.offset < start);
             let here = group.entries[from..].iter().take_while(|entry| entry.offset < end);
             let mut key: Option<Option<EpochKey>> = None;
             for entry in here {

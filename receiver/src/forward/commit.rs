@@ -110,13 +110,15 @@ async fn append(
         match writer.append(segments.to_vec(), committed.clone()).await {
             Ok(_) => return Ok(()),
             Err(error) if may_pass(&error) => patience.after(&error, kind_of(&error)).await,
-            // Too many attempts whose outcome is not known: the log itself tells which of them, if any, won.
-            Err(LogError::TooMuch { .. } | LogError::OtherAttempt { .. }) => {
+            // Too many attempts whose outcome is not known: the log itself tells which of them, if any, won. Where none did,
+            // the epochs go from the stage once more, into segments of fresh names: a collector may have condemned these.
+            Err(error @ (LogError::TooMuch { .. } | LogError::OtherAttempt { .. })) => {
                 let (reopened, view) = reopen(shared, header).await?;
                 *writer = reopened;
                 if Some(view.position.head_id()) == last {
                     return Ok(());
                 }
+                return Err(error.into());
             }
             Err(error) => return Err(error.into()),
         }

@@ -12,6 +12,7 @@ use bytes::Bytes;
 use common::clock::Clock;
 use common::format::checkpoint::{CheckpointHead, EpochRef, LiveEntry, PAGE_BLOCKS, PageRef};
 use common::format::checkpoint::{encode_page, page_ref, renumber_page};
+use common::format::close::Close;
 use common::format::log::SegmentRef;
 use common::ids::{BlockIndex, Geometry, LogSeq, Nonce};
 use common::limits;
@@ -19,6 +20,7 @@ use common::limits;
 use super::merge::{Candidate, merge_page};
 use super::{CheckpointError, VolumeView, read_head};
 use crate::store::{PutOutcome, Store};
+use crate::volume::history::History;
 use crate::volume::log::{LogPosition, LogReader};
 use crate::volume::{paths, segment};
 
@@ -122,22 +124,25 @@ async fn build_index(
         LogSeq(0) => None,
         at => Some(read_head(store, &view.header, at).await?),
     };
+    // Where a collector rewrote segments since, the previous index names places that are not there any more.
+    let previous = match previous {
+        Some((head, head_len)) if !rewritten_since(store, view, position_of(&head)).await? => Some((head, head_len)),
+        _ => None,
+    };
     let (mut epochs, mut segments, old_pages, from, pages_at) = match previous {
-        None => (Vec::new(), Vec::new(), Vec::new(), LogPosition::default(), 0),
+        None => (Vec::new(), Vec::new(), Vec::new(), None, 0),
         Some((head, head_len)) => {
             let Some(pages) = head.pages.clone() else { return Ok(None) };
-            let from = LogPosition {
-                seq: head.at,
-                digest: head.entry_digest,
-                generation: head.generation,
-                head: head.head.clone(),
-            };
+            let from = position_of(&head);
             let old = pages.into_iter().map(|page| (page.first_block, page)).collect();
-            (head.epochs.clone(), head.segments.clone(), old, from, head_len)
+            (head.epochs.clone(), head.segments.clone(), old, Some(from), head_len)
         }
     };
     let old_tables = OldTables { epochs: epochs.clone(), segments: segments.clone() };
-    let new = read_new_epochs(store, view, from, &mut epochs, &mut segments).await?;
+    let new = match from {
+        Some(from) => read_new_epochs(store, view, from, &mut epochs, &mut segments).await?,
+        None => all_epochs(store, view, &mut epochs, &mut segments).await?,
+    };
     let old_pages: HashMap<BlockIndex, PageRef> = old_pages.into_iter().collect();
     let mut pages: Vec<(BlockIndex, Vec<u8>)> = Vec::new();
     let (mut held, mut start) = (0_u64, 0_u64);
@@ -204,6 +209,51 @@ impl OldTables {
     }
 }
 
+fn position_of(head: &CheckpointHead) -> LogPosition {
+    LogPosition { seq: head.at, digest: head.entry_digest, generation: head.generation, head: head.head.clone() }
+}
+
+/// True where an entry after `from` says that segments were rewritten.
+async fn rewritten_since(store: &Store, view: &VolumeView, from: LogPosition) -> Result<bool, CheckpointError> {
+    let mut reader = LogReader::open(store, &view.header, from).await?;
+    while reader.position().seq < view.position.seq
+        && let Some(read) = reader.next().await?
+    {
+        if read.entry.maintenance.is_some_and(|stated| !stated.replaced.is_empty()) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// All epochs up to the view's position, and where their records lie now.
+async fn all_epochs(
+    store: &Store,
+    view: &VolumeView,
+    epochs: &mut Vec<EpochRef>,
+    segments: &mut Vec<SegmentRef>,
+) -> Result<Vec<NewEpoch>, CheckpointError> {
+    let history = History::read_up_to(store, &view.header, view.position.seq).await?;
+    let mut new = Vec::new();
+    for epoch in &history.epochs {
+        new.push(NewEpoch { epoch: epochs.len() as u32, segments: epoch.segments.clone() });
+        epochs.push(epoch_ref(&epoch.close));
+    }
+    *segments = history.segments;
+    Ok(new)
+}
+
+fn epoch_ref(close: &Close) -> EpochRef {
+    let statement = close.statement();
+    EpochRef {
+        epoch: statement.epoch,
+        incarnation: statement.incarnation,
+        key_id: statement.key_id,
+        salt: statement.salt,
+        close: close.id(),
+    }
+}
+
 /// Reads the entries after `from`, appends their epochs and segments to the tables. A page's newest record may be of any
 /// incarnation: what did not change when the disk grew is not sent again.
 async fn read_new_epochs(
@@ -221,18 +271,11 @@ async fn read_new_epochs(
         let first = segments.len() as u32;
         segments.extend(read.entry.segments);
         for committed in read.entry.epochs {
-            let statement = committed.close.statement();
             new.push(NewEpoch {
                 epoch: epochs.len() as u32,
                 segments: committed.segments.iter().map(|index| first + index).collect(),
             });
-            epochs.push(EpochRef {
-                epoch: statement.epoch,
-                incarnation: statement.incarnation,
-                key_id: statement.key_id,
-                salt: statement.salt,
-                close: committed.close.id(),
-            });
+            epochs.push(epoch_ref(&committed.close));
         }
     }
     Ok(new)

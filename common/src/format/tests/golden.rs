@@ -47,6 +47,19 @@ fn log_entry_is_as_it_was_first_written() {
 }
 
 #[test]
+fn an_entry_of_maintenance_is_as_it_was_first_written() {
+    let bytes = golden("log-entry-v2.bin", &samples::maintenance_entry().encode());
+    assert_eq!(LogEntry::decode(&bytes), Ok(samples::maintenance_entry()));
+}
+
+#[test]
+fn a_segment_with_a_collected_record_is_as_it_was_first_written() {
+    let (segment, index) = samples::collected_segment(&[samples::delta(5, 1, 0, 1), samples::delta(6, 0, 1, 2)]);
+    let bytes = golden("segment-v2.bin", &segment);
+    assert_eq!(SegmentIndex::decode_segment(&bytes), Ok(index));
+}
+
+#[test]
 fn volume_header_is_as_it_was_first_written() {
     let bytes = golden("volume-header-v1.bin", &samples::volume_header().encode());
     assert_eq!(VolumeHeader::decode(&bytes), Ok(samples::volume_header()));

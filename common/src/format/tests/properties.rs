@@ -58,9 +58,11 @@ fn every_flipped_or_missing_byte_of_a_close_is_noticed() {
 /// they are under the checksum.
 #[test]
 fn every_flipped_or_missing_byte_of_a_log_entry_is_noticed() {
-    let bytes = samples::log_entry().encode();
-    refuses_every_flip(&bytes, |bytes| LogEntry::decode(bytes).is_ok());
-    refuses_every_truncation(&bytes, |bytes| LogEntry::decode(bytes).is_ok());
+    for entry in [samples::log_entry(), samples::maintenance_entry()] {
+        let bytes = entry.encode();
+        refuses_every_flip(&bytes, |bytes| LogEntry::decode(bytes).is_ok());
+        refuses_every_truncation(&bytes, |bytes| LogEntry::decode(bytes).is_ok());
+    }
 }
 
 #[test]

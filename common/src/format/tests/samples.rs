@@ -5,9 +5,11 @@ use proptest::prelude::*;
 use crate::clock::UnixMillis;
 use crate::format::close::{Close, CloseStatement, Consistency};
 use crate::format::frame::{Frame, RefusalCode};
-use crate::format::log::{CommittedEpoch, LogEntry, SegmentRef};
+use crate::format::log::{CommittedEpoch, LogEntry, Maintenance, Replacement, SegmentRef};
 use crate::format::record::{Codec, Record, RecordHeader, RecordKind, RecordMeta};
-use crate::format::segment::{PREAMBLE_BYTES, SegmentEntry, SegmentGroup, SegmentIndex, preamble};
+use crate::format::segment::{
+    PREAMBLE_BYTES, SegmentEntry, SegmentGroup, SegmentIndex, VERSION_COLLECTED, preamble, preamble_of,
+};
 use crate::format::volume_header::{IncarnationSize, VolumeHeader, WrappedKey, Wrapping};
 use crate::ids::*;
 use crate::limits;
@@ -77,7 +79,25 @@ pub(crate) fn log_entry() -> LogEntry {
             records: 2,
         }],
         epochs: vec![CommittedEpoch { close: close(), segments: vec![0] }],
+        maintenance: None,
     }
+}
+
+pub(crate) fn maintenance_entry() -> LogEntry {
+    let LogEntry { segments, .. } = log_entry();
+    let replaced = segments
+        .into_iter()
+        .map(|new| Replacement {
+            new,
+            old: vec!["v1/volumes/x/segments/01A".into(), "v1/volumes/x/segments/01B".into()],
+        })
+        .collect();
+    let maintenance = Maintenance {
+        expired: vec![CloseId([0x31; 32]), CloseId([0x32; 32])],
+        replaced,
+        condemned: vec!["v1/volumes/x/segments/01C".into()],
+    };
+    LogEntry { segments: Vec::new(), epochs: Vec::new(), maintenance: Some(maintenance), ..log_entry() }
 }
 
 pub(crate) fn volume_header() -> VolumeHeader {
@@ -124,6 +144,19 @@ pub(crate) fn segment(records: &[Record]) -> (Vec<u8>, SegmentIndex) {
             entries,
         }],
     };
+    let tail = index.encode(bytes.len() as u64);
+    bytes.extend_from_slice(&tail);
+    (bytes, index)
+}
+
+/// As [`segment`], with the first record collected.
+pub(crate) fn collected_segment(records: &[Record]) -> (Vec<u8>, SegmentIndex) {
+    let (_, mut index) = segment(&records[1..]);
+    index.groups[0].entries.insert(0, SegmentEntry { offset: 0, meta: records[0].meta() });
+    let mut bytes = preamble_of(VERSION_COLLECTED).to_vec();
+    for record in &records[1..] {
+        bytes.extend_from_slice(record.bytes());
+    }
     let tail = index.encode(bytes.len() as u64);
     bytes.extend_from_slice(&tail);
     (bytes, index)
