@@ -24,8 +24,9 @@ fn ids(pair: &Pair) -> Vec<String> {
 }
 
 fn verify(pair: &Pair) {
-    let verify = pair.operator_command("verify").args(["--volume", "disk"]).arg("--key-file").arg(pair.key_file());
-    check("verify with the key", &{ verify }.output().expect("it runs"));
+    let mut command = pair.operator_command("verify");
+    command.args(["--volume", "disk"]).arg("--key-file").arg(pair.key_file());
+    check("verify with the key", &command.output().expect("it runs"));
 }
 
 /// A point of each state of a disk, and a copy of each state.
