@@ -23,6 +23,7 @@ SECTOR_CODE = bytes.fromhex("fa 31c0 8ed8 be177c baf803 fc ac 84c0 7403 ee ebf8 
 INIT = """#!/bin/busybox sh
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
+exec >/dev/ttyS0 2>&1 </dev/null
 for module in $(cat /modules); do insmod /$module.ko; done
 mkdir /disk
 mount -o ro /dev/vda1 /disk && echo "found $(cat /disk/says)"
