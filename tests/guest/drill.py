@@ -26,7 +26,7 @@ mount -t devtmpfs dev /dev
 exec >/dev/ttyS0 2>&1 </dev/null
 for module in $(cat /modules); do insmod /$module.ko; done
 mkdir /disk
-mount -o ro /dev/vda1 /disk && echo "found $(cat /disk/says)"
+mount -t ext4 -o ro /dev/vda1 /disk && echo "found $(cat /disk/says)"
 echo "guest login:"
 exec sleep 100000
 """
