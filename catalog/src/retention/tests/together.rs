@@ -104,14 +104,12 @@ async fn a_writer_and_two_collectors_killed_anywhere_lose_nothing_that_is_kept()
         let (_dir, store) = store().await;
         let volume = FixtureVolume::create(&store, "web", "root", DISK as u64).await;
         let (known, ended) = (Known::default(), Arc::new(AtomicBool::new(false)));
-        let header = || FixtureHeader {
-            header: volume.header.clone(),
-            clock: volume.clock.clone(),
-            known: Arc::clone(&known),
-        };
+        let header =
+            || FixtureHeader { header: volume.header.clone(), clock: volume.clock.clone(), known: Arc::clone(&known) };
         let start = |seed| tokio::spawn(collect(store.clone(), header(), seed, Arc::clone(&ended)));
         let collectors = [start(seed), start(seed + 100)];
         let volume = write(volume, Arc::clone(&known), seed, 40).await;
+        ended.store(true, Ordering::Release);
         for collector in collectors {
             killed += collector.await.expect("no panic");
         }
