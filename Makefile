@@ -27,7 +27,7 @@ AZURITE_VERSION := 3.35.0
 # For the reader that is written by docs/formats alone (tests/reader).
 READER_PACKAGES := blake3==1.0.11 cryptography==50.0.2 zstandard==0.25.0
 
-.PHONY: deps test-deps bench-deps guest-deps build demo test test-long test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
+.PHONY: deps test-deps bench-deps guest-deps build demo test test-long sim-retention test-guest lint fmt deny unit e2e fuzz-short rules bench bench-parts \
 	bench-pipeline bench-stage bench-nbd bench-ebpf bench-rpo bench-freeze bench-store bench-week clean
 
 ## Installs the system packages and cargo-deny; does nothing where all is there.
@@ -85,6 +85,10 @@ unit: build
 test-long: test-deps build
 	BLOCKFERRY_LONG=1 cargo test --release --locked -p blockferry-tests --test conformance --test nbd_clients --test source_power \
 		--test standstill --test postgres --test freeze --test takeover -- --nocapture --test-threads=1
+
+## Endless overwriting in simulated time: 10,000 epochs on a volume of 1 GiB. Writes some 30 GB to the folder for temporary files.
+sim-retention: deps
+	BLOCKFERRY_LONG=1 cargo test --release --locked -p blockferry-catalog --lib -- --nocapture retention::tests::simulation
 
 ## LVM and md in a guest under two kernels, killed hard; a guest that boots from a served point. Emulated: some minutes.
 test-guest: test-deps guest-deps build
