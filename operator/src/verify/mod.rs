@@ -248,7 +248,10 @@ async fn check_collected(
         close.statement().point.is_some() && !history.is_expired(close.id()) && (whole || at + 1 == newest)
     };
     let kept: Vec<usize> = (0..newest).filter(offered).collect();
-    for gone in live::find(store, history, &kept, live::INDEX_CACHE_BYTES).await?.gone {
+    // Later epochs are not asked for, and may be damaged.
+    let mut asked = history.clone();
+    asked.epochs.truncate(newest);
+    for gone in live::find(store, &asked, &kept, live::INDEX_CACHE_BYTES).await?.gone {
         let epoch = history.epochs[gone.epoch].close.statement().epoch;
         report.bad(
             gone.path,
