@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::process::{Child, Stdio};
 
 use blockferry_tests::images::{self, Random};
-use blockferry_tests::pair::{Pair, check};
+use blockferry_tests::pair::{Pair, check, program};
 use serde_json::Value;
 
 fn set_policy(pair: &Pair, text: &str) {
-    let output = pair.operator_command("policy").args(["set", "--volume", "disk", text]).output();
-    check("policy set", &output.expect("it runs"));
+    let mut command = program("blockferry");
+    command.args(["policy", "set", "--store", &pair.store_url(), "--volume", "disk", text]);
+    check("policy set", &command.output().expect("it runs"));
 }
 
 fn prune(pair: &Pair, grace: &str) -> Value {
@@ -29,13 +30,17 @@ fn verify(pair: &Pair) {
     check("verify with the key", &command.output().expect("it runs"));
 }
 
-/// A point of each state of a disk, and a copy of each state.
-fn history(pair: &Pair, points: u64) -> Vec<(String, PathBuf)> {
+/// A point of each state of a disk, and a copy of each state: all of it written anew each time, or some pages.
+fn history(pair: &Pair, points: u64, anew: bool) -> Vec<(String, PathBuf)> {
     let image = pair.file("disk.img");
     images::build(&image, 32);
     (0..points)
         .map(|number| {
-            if number > 0 {
+            if anew {
+                let mut random = Random(number);
+                let pages: Vec<u8> = (0..(32 << 20) / images::PAGE).flat_map(|_| random.page()).collect();
+                std::fs::write(&image, pages).expect("there is room");
+            } else if number > 0 {
                 let _ = images::churn(&image, 1500, number);
             }
             let _ = pair.run_once("disk", &image);
@@ -49,7 +54,7 @@ fn history(pair: &Pair, points: u64) -> Vec<(String, PathBuf)> {
 #[test]
 fn expired_points_free_their_room_and_the_others_restore_as_they_were() {
     let pair = Pair::start();
-    let states = history(&pair, 6);
+    let states = history(&pair, 6, true);
     let before = prune(&pair, "0s");
     assert_eq!((&before["points_kept"], &before["points_expired"]), (&6.into(), &0.into()), "no policy: all stay");
     set_policy(&pair, "latest 2");
@@ -84,7 +89,7 @@ fn expired_points_free_their_room_and_the_others_restore_as_they_were() {
 #[test]
 fn prunes_that_are_killed_beside_a_running_sender_and_restores_lose_nothing() {
     let pair = Pair::start();
-    let states = history(&pair, 3);
+    let states = history(&pair, 3, false);
     set_policy(&pair, "latest 3");
     let mut dice = Random(11);
     let image = pair.file("disk.img");
