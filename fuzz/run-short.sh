@@ -29,13 +29,13 @@ BIN=$TARGET_DIR/$HOST/release
 # The first bytes ever written of a format are the seeds of its target.
 seeds() {
     case $1 in
-    envelope) echo close-v1 log-entry-v1 volume-header-v1 volume-name-v1 sender-volume-v1 ;;
+    envelope) echo close-v1 log-entry-v1 log-entry-v2 volume-header-v1 volume-name-v1 sender-volume-v1 ;;
     record | seal) echo record-v1 ;;
     record_meta) echo segment-v1 ;;
     close) echo close-v1 ;;
     frame) echo frames-v1 ;;
-    segment) echo segment-v1 ;;
-    log_entry) echo log-entry-v1 ;;
+    segment) echo segment-v1 segment-v2 ;;
+    log_entry) echo log-entry-v1 log-entry-v2 ;;
     checkpoint) echo checkpoint-v1 ;;
     volume_header) echo volume-header-v1 ;;
     volume_name) echo volume-name-v1 ;;

@@ -206,7 +206,7 @@ fn version() -> String {
     let formats: [(&str, u32); 6] = [
         ("record", record::VERSION.into()),
         ("close", close::KIND.version.into()),
-        ("segment", segment::VERSION.into()),
+        ("segment", segment::VERSION_COLLECTED.into()),
         ("log entry", log::KIND.version.into()),
         ("checkpoint", checkpoint::KIND.version.into()),
         ("volume header", volume_header::KIND.version.into()),

@@ -21,6 +21,6 @@ use common::net::version;
 /// What `--version` prints after the name.
 #[must_use]
 pub fn version_text() -> String {
-    let formats = [("record", 1), ("close", 1), ("segment", 1), ("log entry", 1), ("volume header", 1)];
+    let formats = [("record", 1), ("close", 1), ("segment", 2), ("log entry", 2), ("volume header", 1)];
     common::ops::cli::version_text(env!("CARGO_PKG_VERSION"), version::OURS.min..=version::OURS.max, &formats)
 }
