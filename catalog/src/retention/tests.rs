@@ -217,6 +217,33 @@ async fn a_damaged_record_that_is_needed_stops_the_collection_by_name() {
     check_offered(&store, &volume, 6).await;
 }
 
+#[tokio::test]
+async fn a_record_that_was_replaced_under_a_right_checksum_stops_the_collection_by_name() {
+    let (dir, store) = store().await;
+    let (volume, known) = volume_with_points(&store, 6).await;
+    let collection = Collection::plan(&store, &volume.header, options(FAR), keep(&known, &[0])).await.expect("a plan");
+    let history = History::read(&store, &volume.header).await.expect("a log");
+    let mut paths = Vec::new();
+    for &place in collection.planned().rewrites.iter().flatten() {
+        let reference = &history.segments[place as usize];
+        let index = crate::volume::segment::read_index(&store, reference).await.expect("an index");
+        let file = dir.path().join("store").join(&reference.path);
+        let mut bytes = std::fs::read(&file).expect("the segment");
+        for entry in index.groups.iter().flat_map(|group| &group.entries) {
+            let range = entry.offset as usize..entry.offset as usize + entry.meta.record_len as usize;
+            let record = Record::parse(bytes[range.clone()].to_vec().into()).expect("a record");
+            let mut other = record.bytes().to_vec();
+            *other.last_mut().expect("a seal") ^= 1;
+            bytes[range].copy_from_slice(Record::assemble(*record.header(), other).bytes());
+        }
+        std::fs::write(&file, bytes).expect("the segment is ours");
+        paths.push(reference.path.clone());
+    }
+    let error = collection.apply(&volume.clock).await.expect_err("replaced").to_string();
+    assert!(paths.iter().any(|path| error.contains(path)), "{error}");
+    check_offered(&store, &volume, 6).await;
+}
+
 async fn check_offered(store: &Store, volume: &FixtureVolume, count: usize) {
     let history = History::read(store, &volume.header).await.expect("a log");
     assert_eq!(history.points().len(), count, "nothing was given up");

@@ -303,3 +303,58 @@ async fn points_before_a_missing_log_entry_are_listed_and_restored_by_their_id_a
     let request = world.restore_request(&volume, &points[2].to_string(), &world.path("lost.img"));
     crate::restore::run(&world.store, &request, &mut out).await.expect_err("behind the gap");
 }
+
+/// An entry of maintenance by which the newest point's segment is replaced by one that says of every record that it was collected:
+/// what a faulty collector, or whoever can write the store, could do.
+async fn collect_what_is_needed(world: &World, volume: &FixtureVolume) -> String {
+    use common::format::log::{LogEntry, Maintenance, Replacement, SegmentRef};
+    use common::format::segment::{PREAMBLE_BYTES, VERSION_COLLECTED, preamble_of};
+    let history = History::read(&world.store, &volume.header).await.expect("readable");
+    let place = *history.epochs.last().expect("epochs").segments.last().expect("segments");
+    let old = history.segments[place as usize].clone();
+    let mut index = catalog::volume::segment::read_index(&world.store, &old).await.expect("an index");
+    index.groups.iter_mut().flat_map(|group| &mut group.entries).for_each(|entry| entry.offset = 0);
+    let bytes = [&preamble_of(VERSION_COLLECTED)[..], &index.encode(PREAMBLE_BYTES as u64)].concat();
+    let new = SegmentRef {
+        path: paths::segment(volume.header.volume, "01COLLECTED"),
+        size: bytes.len() as u64,
+        digest: common::ids::Digest(*blake3::hash(&bytes).as_bytes()),
+        index_offset: PREAMBLE_BYTES as u64,
+        ..old.clone()
+    };
+    world.store.put_new(&new.path, bytes.into()).await.expect("put");
+    let seq = LogSeq(history.position.seq.0 + 1);
+    let entry = LogEntry {
+        volume: volume.header.volume,
+        seq,
+        generation: history.position.generation,
+        writer: common::ids::ReceiverId([7; 16]),
+        previous: history.position.digest,
+        nonce: common::ids::Nonce([8; 16]),
+        written: Clock::System.now(),
+        segments: Vec::new(),
+        epochs: Vec::new(),
+        maintenance: Some(Maintenance {
+            replaced: vec![Replacement { new: new.clone(), old: vec![old.path] }],
+            ..Maintenance::default()
+        }),
+    };
+    let path = paths::log_entry(volume.header.volume, seq);
+    world.store.put_new(&path, entry.encode().into()).await.expect("put");
+    new.path
+}
+
+#[tokio::test]
+async fn a_needed_record_that_is_called_collected_is_named_and_not_restored_as_something_else() {
+    let (world, volume) = world().await;
+    let path = collect_what_is_needed(&world, &volume).await;
+    for with_key in [false, true] {
+        let error = verify(&world, &world.verify_request(&volume, with_key)).await.expect_err("a point lacks it");
+        assert!(error.to_string().contains(&path), "{error}");
+    }
+    let key_file = world.verify_request(&volume, true).key_file.expect("a key");
+    let source = crate::point::PointSource::open(&world.store, "web/root", &PointWanted::Latest, &key_file).await;
+    let source = source.expect("the log is in order");
+    let error = source.plan(0..source.geometry.blocks()).await.expect_err("it can't be planned");
+    assert!(error.to_string().contains("collected"), "{error}");
+}
