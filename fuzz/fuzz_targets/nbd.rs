@@ -3,7 +3,8 @@
 #![no_main]
 
 use common::nbd::{
-    Command, ExportFacts, Handshake, HandshakeStep, Negotiated, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, REQUEST_BYTES, Request,
+    Command, ExportFacts, Handshake, HandshakeStep, Negotiated, OPTION_BYTES_MAX, PAYLOAD_BYTES_MAX, REQUEST_BYTES,
+    Request,
 };
 use libfuzzer_sys::fuzz_target;
 

@@ -1,10 +1,10 @@
-//! A segment's preamble, index and footer: an error, or entries that lie in order between preamble and index, and encode to
-//! the same bytes.
+//! A segment's preamble, index and footer: an error, or entries that were collected or lie in order between preamble and
+//! index, and encode to the same bytes.
 #![no_main]
 
 use blockferry_fuzz::{fix_segment, owned};
 use common::format::record::Record;
-use common::format::segment::{Footer, PREAMBLE_BYTES, SegmentIndex};
+use common::format::segment::{Footer, PREAMBLE_BYTES, SegmentIndex, VERSION_COLLECTED};
 use libfuzzer_sys::fuzz_target;
 
 fn check(data: &[u8]) {
@@ -14,6 +14,10 @@ fn check(data: &[u8]) {
     assert_eq!(index.encode(footer.index_offset), data[start..]);
     let mut end = PREAMBLE_BYTES;
     for entry in index.groups.iter().flat_map(|group| &group.entries) {
+        if entry.is_collected() {
+            assert_eq!(footer.version, VERSION_COLLECTED);
+            continue;
+        }
         let at = usize::try_from(entry.offset).expect("within the input");
         assert!(at >= end);
         end = at + entry.meta.record_len as usize;
