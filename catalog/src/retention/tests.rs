@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "images of tests are small")]
 
+mod doubts;
 mod simulation;
 mod together;
 

@@ -3,6 +3,8 @@
 //! Opening takes the next sequence number with a higher generation. From then on every earlier writer finds the number it
 //! wants taken and is told who has it. A create whose reply is lost is read back: the nonce tells whose the entry is.
 
+use std::collections::HashMap;
+
 use bytes::Bytes;
 use common::clock::Clock;
 use common::format::log::{CommittedEpoch, LogEntry, SegmentRef};
@@ -42,6 +44,9 @@ pub struct LogWriter {
     position: LogPosition,
     /// Attempts at the next sequence number whose outcome is not known: each may still appear there.
     attempts: Vec<Attempt>,
+    /// What entries of maintenance that were followed condemned, and which entry did. A segment is uploaded before earlier
+    /// ones are committed, so the entry that condemned it may lie behind the writer's position when its turn comes.
+    condemned: HashMap<String, LogSeq>,
     fenced: Option<(ReceiverId, Generation, String)>,
 }
 
@@ -75,6 +80,7 @@ impl LogWriter {
                 generation,
                 position: view.position.clone(),
                 attempts: Vec::new(),
+                condemned: HashMap::new(),
                 fenced: None,
             };
             match writer.append(Vec::new(), Vec::new()).await {
@@ -142,6 +148,12 @@ impl LogWriter {
                 path: path.clone(),
             });
         }
+        if let Some((segment, seq)) =
+            segments.iter().find_map(|segment| Some((segment, self.condemned.get(&segment.path)?)))
+        {
+            let entry = paths::log_entry(self.header.volume, *seq);
+            return Err(LogError::Condemned { path: segment.path.clone(), entry });
+        }
         let bounds = [
             ("segments of one log entry", segments.len(), limits::LOG_ENTRY_SEGMENTS_MAX),
             ("epochs of one log entry", epochs.len(), limits::LOG_ENTRY_EPOCHS_MAX),
@@ -178,23 +190,17 @@ impl LogWriter {
             Ok(PutOutcome::Created) => Ok(Some(self.advance(position))),
             Ok(PutOutcome::Exists) => {
                 let found = self.store.get(&path).await?;
-                self.settle(&path, &found, segments, &wanted)
+                self.settle(&path, &found, &wanted)
             }
             Err(error) => match self.store.get(&path).await {
-                Ok(found) => self.settle(&path, &found, segments, &wanted),
+                Ok(found) => self.settle(&path, &found, &wanted),
                 Err(_) => Err(error.into()),
             },
         }
     }
 
     /// Decides whose the entry at the wanted number is; `None` where it is maintenance, which was followed.
-    fn settle(
-        &mut self,
-        path: &str,
-        found: &[u8],
-        segments: &[SegmentRef],
-        wanted: &[CloseId],
-    ) -> Result<Option<Appended>, LogError> {
+    fn settle(&mut self, path: &str, found: &[u8], wanted: &[CloseId]) -> Result<Option<Appended>, LogError> {
         let entry = LogEntry::decode(found).map_err(|source| LogError::Damaged { path: path.to_owned(), source })?;
         if let Some(maintenance) = &entry.maintenance
             && entry.generation == self.position.generation
@@ -203,11 +209,8 @@ impl LogWriter {
             position.follow(&self.header, path, &entry, LogEntry::digest_of(found))?;
             // The number is taken, so none of the attempts at it can appear any more.
             self.advance(position);
-            let named = |segment: &&SegmentRef| maintenance.condemned.contains(&segment.path);
-            return match segments.iter().find(named) {
-                Some(segment) => Err(LogError::Condemned { path: segment.path.clone(), entry: path.to_owned() }),
-                None => Ok(None),
-            };
+            self.condemned.extend(maintenance.condemned.iter().map(|path| (path.clone(), entry.seq)));
+            return Ok(None);
         }
         let Some(own) = self.attempts.iter().position(|attempt| attempt.nonce == entry.nonce) else {
             self.fenced = Some((entry.writer, entry.generation, path.to_owned()));
