@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use blockferry_tests::images::{PAGE, Random};
-use blockferry_tests::pair::{Pair, assert_same_content, check};
+use blockferry_tests::pair::{Pair, assert_same_content, check, program};
 use blockferry_tests::servers::tools_dir;
 
 /// An odd size, so that the last page is partial.
@@ -59,17 +59,64 @@ fn every_point_is_restored_by_a_stranger_who_knows_the_formats_only() {
         let _ = pair.run_once("disk", &disk);
         change(&disk, seed);
     }
+    assert_eq!(reads_all_points(&pair).len(), 4);
+    refuses_what_was_altered(&pair);
+}
+
+/// Every point that is offered comes out as the tool restores it; their ids.
+fn reads_all_points(pair: &Pair) -> Vec<String> {
     let points = pair.points("disk");
-    assert_eq!(points.len(), 4);
-    for point in &points {
-        let id = point["id"].as_str().expect("an id");
+    let ids: Vec<String> = points.iter().map(|point| point["id"].as_str().expect("an id").to_owned()).collect();
+    for id in &ids {
         let (theirs, ours) = (pair.file("theirs.img"), pair.file("ours.img"));
-        check("restore.py", &read(&pair, "machine/disk", &pair.key_file(), &theirs, &id[..16]));
+        check("restore.py", &read(pair, "machine/disk", &pair.key_file(), &theirs, &id[..16]));
         check("restore", &pair.restore_command("disk", id, &ours).output().expect("it runs"));
         assert_same_content(&theirs, &ours);
         std::fs::remove_file(&theirs).expect("there");
         std::fs::remove_file(&ours).expect("there");
     }
+    ids
+}
+
+fn prune(pair: &Pair, more: &[&str]) -> serde_json::Value {
+    let mut command = pair.operator_command("prune");
+    let output = command.args(["--grace", "0s", "--json"]).args(more).output().expect("it runs");
+    check("prune", &output);
+    let rows: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    rows[0].clone()
+}
+
+#[test]
+fn a_volume_that_was_collected_is_read_by_a_stranger_too() {
+    let pair = Pair::start();
+    let disk = pair.file("disk.img");
+    let mut random = Random(21);
+    for seed in 0..7 {
+        // Most of the disk anew each time, so that a collection has something to give up and to write anew.
+        let mut content: Vec<u8> = (0..DISK / 8 / 4 * 3).flat_map(|_| random.number().to_le_bytes()).collect();
+        content.resize(usize::try_from(DISK).expect("small"), 0);
+        if seed % 2 == 1 {
+            content = std::fs::read(&disk).expect("there");
+        }
+        std::fs::write(&disk, content).expect("writable");
+        change(&disk, seed);
+        let _ = pair.run_once("disk", &disk);
+    }
+    let before = reads_all_points(&pair);
+    assert_eq!(before.len(), 7);
+    let mut policy = program("blockferry");
+    policy.args(["policy", "set", "--store", &pair.store_url(), "--volume", "disk", "latest 3"]);
+    check("policy set", &policy.output().expect("it runs"));
+    let done = prune(&pair, &[]);
+    assert!(done["points_expired"] == 4 && done["segments_rewritten"].as_u64() > Some(0), "{done}");
+    // First with the old segments still there, then without.
+    assert_eq!(reads_all_points(&pair), before[4..]);
+    assert!(prune(&pair, &[])["objects_deleted"].as_u64() > Some(0));
+    assert_eq!(reads_all_points(&pair), before[4..]);
+    let to = pair.file("expired.img");
+    let output = read(&pair, "disk", &pair.key_file(), &to, &before[0][..16]);
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(!output.status.success() && said.contains("0 points fit"), "{said}");
     refuses_what_was_altered(&pair);
 }
 
