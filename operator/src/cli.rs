@@ -57,6 +57,27 @@ pub(crate) struct StoreArgs {
     store_requests_per_second: u32,
 }
 
+/// As [`StoreArgs`], where something else may be asked instead.
+#[derive(Debug, Args)]
+struct OptionalStoreArgs {
+    /// The object store: file:///path, s3://bucket/prefix, az://container/prefix or gs://bucket/prefix
+    #[arg(long, value_name = "URL", env = "BLOCKFERRY_STORE")]
+    store: Option<String>,
+    /// Further certificate authorities (PEM) to trust for the store's endpoint
+    #[arg(long, value_name = "FILE", env = "BLOCKFERRY_STORE_CA")]
+    store_ca: Option<PathBuf>,
+    /// Most requests a second to the object store; 0 for no cap
+    #[arg(long, value_name = "N", env = "BLOCKFERRY_STORE_REQUESTS_PER_SECOND", default_value_t = 0)]
+    store_requests_per_second: u32,
+}
+
+impl OptionalStoreArgs {
+    fn given(self) -> Option<StoreArgs> {
+        let Self { store, store_ca, store_requests_per_second } = self;
+        store.map(|store| StoreArgs { store, store_ca, store_requests_per_second })
+    }
+}
+
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Expire points by each volume's policy and collect what no retained point needs
@@ -161,11 +182,11 @@ enum Command {
     Serve(ServeArgs),
     /// Show how the fleet's receivers and the volumes stand, and what to do about what is wrong
     #[command(
-        after_help = "Examples:\n  blockferry status --store file:///srv/store\n  blockferry status --store s3://backups/site-a --max-age 15m --json"
+        after_help = "Examples:\n  blockferry status --store file:///srv/store\n  blockferry status --store s3://backups/site-a --max-age 15m --json\n  blockferry status --receiver backup.example.org:9443 --cert alice.pem\n\n`blockferry-receiver operator create NAME` makes the certificate. A receiver tells of itself, of the fleet, and of the volumes that it has loaded."
     )]
     Status {
         #[command(flatten)]
-        store: StoreArgs,
+        store: OptionalStoreArgs,
         #[command(flatten)]
         status: StatusArgs,
     },
@@ -328,7 +349,10 @@ async fn run(command: Command) -> Result<(), OperatorError> {
             let store = open(&args.store).await?;
             serve::run(&store, &args, budget_bytes, &mut out).await?;
         }
-        Command::Status { store, status } => status::run(&open(&store).await?, &status, &mut out).await?,
+        Command::Status { store, status } => match store.given() {
+            Some(store) if status.receiver.is_none() => status::run(&open(&store).await?, &status, &mut out).await?,
+            _ => status::ask(&status, &mut out).await?,
+        },
         Command::Policy { command } => command.run(&open(command.store()).await?, &mut out).await?,
         Command::Volume { command: VolumeCommand::List { store, all, json } } => {
             volumes::list(&open(&store).await?, all, json, &mut out).await?;

@@ -8,6 +8,7 @@ use catalog::volume::LogError;
 use catalog::volume::header::HeaderError;
 use common::budget::BudgetError;
 use common::error::{Dispose, Disposition};
+use common::net::operator::OperatorCallError;
 use common::ops::exit::ExitCode;
 use common::ops::logging::LoggingError;
 
@@ -70,6 +71,9 @@ pub enum OperatorError {
     /// Collecting.
     #[error(transparent)]
     Collect(#[from] CollectError),
+    /// Asking a receiver.
+    #[error(transparent)]
+    Call(Box<OperatorCallError>),
     /// The memory budget.
     #[error(transparent)]
     Budget(#[from] BudgetError),
@@ -144,6 +148,7 @@ impl Dispose for OperatorError {
             Self::Policy(error) => error.disposition(),
             Self::StoreTime(error) => error.disposition(),
             Self::Collect(error) => error.disposition(),
+            Self::Call(error) => error.disposition(),
             Self::Select(_) | Self::Key(_) | Self::Budget(_) | Self::Logging(_) | Self::File { .. } => {
                 Disposition::BadInput
             }

@@ -49,6 +49,9 @@ pub enum Command {
     /// The fleet's receivers.
     #[command(subcommand)]
     Receivers(ReceiversCommand),
+    /// Certificates of people, for `blockferry status --receiver`.
+    #[command(subcommand)]
+    Operator(OperatorCommand),
     /// Has the receiver of this data directory send its senders elsewhere and forward what is closed; returns once it has. It
     /// runs on, taking no sessions, until it is stopped or started again.
     #[command(
@@ -86,6 +89,34 @@ pub enum ReceiversCommand {
         #[arg(long)]
         json: bool,
     },
+}
+
+/// `operator …`
+#[derive(Debug, Subcommand)]
+pub enum OperatorCommand {
+    /// Writes a new key and its certificate to standard output. It is a secret: whoever has it can see how the fleet stands.
+    #[command(
+        after_help = "Examples:\n  blockferry-receiver operator create alice --data-dir /var/lib/blockferry/receiver --store file:///srv/blockferry > alice.pem"
+    )]
+    Create {
+        /// Fleet.
+        #[command(flatten)]
+        fleet: FleetArgs,
+        /// The person's name
+        name: String,
+        /// What it may do
+        #[arg(long, value_enum, default_value_t = OperatorRole::Operator)]
+        role: OperatorRole,
+    },
+}
+
+/// What a person's certificate stands for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum OperatorRole {
+    /// Looks.
+    Operator,
+    /// Looks; set apart for calls that change the fleet, of which there are none yet.
+    Administrator,
 }
 
 /// `config …`

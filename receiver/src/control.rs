@@ -1,6 +1,6 @@
 //! The control service: gRPC calls of machines, answered from the fleet's and the volumes' state in the store.
 //!
-//! Promises: a machine sees and makes its own volumes only; what a call made is in the store before the call is answered.
+//! Promises: a machine sees and makes its own volumes only, and operators change nothing; what a call made is in the store before the call is answered.
 
 use std::sync::Arc;
 
@@ -11,11 +11,14 @@ use catalog::volume::log::LogError;
 use common::error::{Dispose, Disposition};
 use common::format::volume_header::VolumeHeader;
 use common::ids::{Incarnation, MachineId, ReceiverId, VolumeId};
+use common::net::grpc::require_role;
+use common::net::identity::Role;
 use common::net::pb;
 use common::net::pb::control_server::Control;
 use tonic::{Request, Response, Status};
 
 use crate::registry::Registry;
+use crate::status;
 use crate::volumes::Volumes;
 
 /// Answers control calls.
@@ -64,6 +67,12 @@ impl Control for ControlService {
 
     async fn renew(&self, request: Request<pb::RenewRequest>) -> Result<Response<pb::RenewReply>, Status> {
         control::renew(&self.fleet, request).await.map(Response::new)
+    }
+
+    async fn get_status(&self, request: Request<pb::GetStatusRequest>) -> Result<Response<pb::GetStatusReply>, Status> {
+        let peer = require_role(&request, &[Role::Operator, Role::Administrator])?;
+        tracing::debug!(operator = %peer.name, "tells how it stands");
+        Ok(Response::new(status::answer(&self.store, &self.registry, &self.volumes).await))
     }
 
     async fn create_volume(

@@ -1,12 +1,13 @@
-//! `passphrase …`, `machines …` and `receivers …`: what an operator does with the fleet, from the store and `authority.key` alone; and
+//! `passphrase …`, `machines …`, `operator …` and `receivers …`: what an operator does with the fleet, from the store and `authority.key` alone; and
 //! `drain`, which asks the running receiver.
 
 use catalog::fleet::{Fleet, FleetError, receivers};
 use catalog::store::StoreError;
 use common::clock::Clock;
+use common::net::identity::Role;
 use common::net::passphrase::PassphraseId;
 
-use crate::cli::{DrainArgs, MachinesCommand, PassphraseCommand, ReceiversCommand};
+use crate::cli::{DrainArgs, MachinesCommand, OperatorCommand, OperatorRole, PassphraseCommand, ReceiversCommand};
 use crate::config::{self, ConfigError, FileConfig, FleetConfig};
 use crate::drain::{self, DrainError};
 
@@ -131,6 +132,22 @@ pub async fn machines(command: &MachinesCommand, file: &FileConfig) -> Result<()
             );
         }
     }
+    Ok(())
+}
+
+/// Makes a person's certificate; it goes to standard output with its key, and is kept nowhere.
+///
+/// # Errors
+/// [`CommandError`].
+#[expect(clippy::print_stdout, reason = "the command's answer")]
+pub async fn operator(command: &OperatorCommand, file: &FileConfig) -> Result<(), CommandError> {
+    let OperatorCommand::Create { fleet, name, role } = command;
+    let role = match role {
+        OperatorRole::Operator => Role::Operator,
+        OperatorRole::Administrator => Role::Administrator,
+    };
+    let fleet = open(&FleetConfig::resolve(fleet, file)?).await?;
+    print!("{}", *fleet.authority.issue_operator(role, name)?);
     Ok(())
 }
 

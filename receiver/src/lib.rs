@@ -13,6 +13,7 @@ pub mod forward;
 pub mod registry;
 pub mod server;
 pub mod stage;
+mod status;
 pub mod verify;
 pub mod volumes;
 

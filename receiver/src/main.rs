@@ -68,6 +68,7 @@ fn run(cli: &Cli) -> Result<ExitCode, Error> {
         }
         Command::Passphrase(command) => runtime()?.block_on(fleet_commands::passphrase(command, &file))?,
         Command::Machines(command) => runtime()?.block_on(fleet_commands::machines(command, &file))?,
+        Command::Operator(command) => runtime()?.block_on(fleet_commands::operator(command, &file))?,
         Command::Receivers(command) => runtime()?.block_on(fleet_commands::receivers(command, &file))?,
         Command::Drain(args) => runtime()?.block_on(fleet_commands::drain(args, &file))?,
         Command::Config(ConfigCommand::Check(args)) => print_config(&RunConfig::resolve(args, &file)?),

@@ -129,16 +129,19 @@ impl Registry {
         self.list.lock().await.at = None;
     }
 
-    async fn publish(&self) {
+    /// This receiver, as it stands now.
+    pub fn own(&self) -> Receiver {
         let Standing { stage_used, volumes, sessions } = (self.standing)();
         let bounded = |count: usize| u32::try_from(count).unwrap_or(u32::MAX);
-        let (receiver, first) = {
-            let mut own = self.lock();
-            own.receiver.stage_used = stage_used;
-            (own.receiver.volumes, own.receiver.sessions) = (bounded(volumes), bounded(sessions));
-            own.receiver.written = self.clock.now();
-            (own.receiver.clone(), !own.published)
-        };
+        let mut own = self.lock();
+        own.receiver.stage_used = stage_used;
+        (own.receiver.volumes, own.receiver.sessions) = (bounded(volumes), bounded(sessions));
+        own.receiver.written = self.clock.now();
+        own.receiver.clone()
+    }
+
+    async fn publish(&self) {
+        let (receiver, first) = (self.own(), !self.lock().published);
         match receivers::publish(&self.store, &receiver, first).await {
             Ok(Published::Done) => self.lock().published = true,
             Ok(Published::SharedIdentity { name, addresses }) => {

@@ -311,6 +311,12 @@ impl Volumes {
         Ok(loaded)
     }
 
+    /// All that are loaded, in no order.
+    #[must_use]
+    pub fn all(&self) -> Vec<Arc<Volume>> {
+        self.lock().values().filter_map(|slot| slot.get().cloned()).collect()
+    }
+
     /// Volumes loaded, and of them those that a sender writes.
     #[must_use]
     pub fn counts(&self) -> (usize, usize) {

@@ -129,3 +129,69 @@ fn a_drain_where_no_receiver_runs_says_so() {
     let output = drain_command(&nowhere, "1s").output().expect("it runs");
     check_fails("drain", &output, 1, &["--data-dir"]);
 }
+
+#[test]
+fn a_receiver_tells_a_person_with_a_certificate_how_it_stands_and_nobody_else() {
+    let pair = members::pair();
+    let second = Member::join(&pair, "receiver-2");
+    let disk = pair.file("disk.img");
+    images::build(&disk, 8);
+    let _ = pair.run_once("disk", &disk);
+    let cert = |name: &str, role: &str| {
+        let made = pair.receiver_tool(&["operator", "create", name, "--role", role]);
+        check("operator create", &made);
+        let file = pair.file(&format!("{name}.pem"));
+        std::fs::write(&file, &made.stdout).expect("room");
+        file
+    };
+    let ask = |listen: &str, cert: &std::path::Path| {
+        let mut command = program("blockferry");
+        command.args(["status", "--json", "--receiver", listen, "--cert"]).arg(cert).env_remove("BLOCKFERRY_STORE");
+        command.output().expect("it runs")
+    };
+    for (name, role) in [("alice", "operator"), ("bob", "administrator")] {
+        let file = cert(name, role);
+        // What a receiver knows of the others is as old as a heartbeat.
+        let status = wait_for("the receiver to know of the other one", || {
+            let output = ask(pair.listen(), &file);
+            check("status --receiver", &output);
+            let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+            (status["receivers"].as_array().map(Vec::len) == Some(2)).then_some(status)
+        });
+        let receivers = status["receivers"].as_array().expect("an array");
+        assert!(
+            receivers[0]["addresses"][0] == pair.listen() && receivers[0]["stage_capacity_bytes"].is_u64(),
+            "{status}"
+        );
+        assert!(receivers[1]["name"] == "receiver-2" && receivers[1]["stage_capacity_bytes"].is_null(), "{status}");
+        let points = pair.points("disk");
+        let volume = &status["volumes"][0];
+        assert!(volume["machine"] == "machine" && volume["volume"] == "disk", "{status}");
+        assert_eq!(volume["newest_point"], points.last().expect("a point")["id"]);
+        assert_eq!(status["problems"].as_array().map(Vec::len), Some(0), "{status}");
+    }
+    // The other one has loaded no volume.
+    let output = ask(second.listen(), &pair.file("alice.pem"));
+    check("status of the second", &output);
+    let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(status["volumes"].as_array().map(Vec::len), Some(0), "{status}");
+
+    // A machine's certificate is none of a person's, and one of another fleet opens nothing here.
+    let identity = pair.state.join("identity");
+    let read = |name: &str| std::fs::read_to_string(identity.join(name)).expect("the machine registered");
+    let machine = pair.file("machine.pem");
+    let parts: Vec<String> = std::fs::read_dir(&identity)
+        .expect("a folder")
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .filter(|name| name.ends_with(".pem") || name.ends_with(".key"))
+        .map(|name| read(&name))
+        .collect();
+    std::fs::write(&machine, parts.concat()).expect("room");
+    check_fails("status with a machine's certificate", &ask(pair.listen(), &machine), 1, &["machine.pem"]);
+    let stranger = members::pair();
+    check_fails("status of another fleet", &ask(stranger.listen(), &pair.file("alice.pem")), 1, &[stranger.listen()]);
+    check_fails("status of nobody", &ask("127.0.0.1:1", &pair.file("alice.pem")), 1, &["127.0.0.1:1"]);
+    let neither = program("blockferry").arg("status").env_remove("BLOCKFERRY_STORE").output().expect("it runs");
+    check_fails("status of nothing", &neither, 2, &[]);
+}

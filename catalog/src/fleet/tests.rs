@@ -231,6 +231,10 @@ struct Receiver(Arc<Fleet>);
 
 #[tonic::async_trait]
 impl Control for Receiver {
+    async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::GetStatusReply>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn register(&self, request: Request<pb::RegisterRequest>) -> Result<Response<pb::RegisterReply>, Status> {
         control::register(&self.0, request, &[]).await.map(Response::new)
     }

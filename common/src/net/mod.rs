@@ -11,6 +11,7 @@ pub mod backoff;
 pub mod enrolment;
 pub mod grpc;
 pub mod identity;
+pub mod operator;
 pub mod passphrase;
 pub mod quic;
 pub mod register;

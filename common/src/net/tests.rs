@@ -35,6 +35,10 @@ struct TestControl(Arc<TestFleet>);
 
 #[tonic::async_trait]
 impl Control for TestControl {
+    async fn get_status(&self, _: Request<pb::GetStatusRequest>) -> Result<Response<pb::GetStatusReply>, Status> {
+        Err(Status::unimplemented("not here"))
+    }
+
     async fn register(&self, request: Request<pb::RegisterRequest>) -> Result<Response<pb::RegisterReply>, Status> {
         let asked = request.into_inner();
         if asked.machine_name == "refused" {

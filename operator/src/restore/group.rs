@@ -1,23 +1,25 @@
 //! A machine's volumes of one instant: what a group point names is restored together, a file for each volume.
 //!
 //! Promises: every volume that has a point of that instant is restored, each as [`super::run`] does it; volumes of the machine
-//! that have none are named. Files bear the volumes' names.
+//! that have none are named, those that are deleted are not looked at. Files bear the volumes' names.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use catalog::store::Store;
-use catalog::volume::header;
 use catalog::volume::history::History;
+use catalog::volume::lifecycle::{self, Known};
 use common::clock::UnixMillis;
 use common::format::checkpoint::PointSummary;
 use common::format::close::Consistency;
+use common::format::lifecycle::Phase;
 use common::ids::GroupId;
 use common::net::identity::check_name;
 
 use super::image::Format;
 use super::{RestoreError, RestoreRequest};
 use crate::error::OperatorError;
+use crate::lifecycle::ChangeError;
 use crate::select::PointWanted;
 
 /// What to restore, and where to.
@@ -56,13 +58,14 @@ pub async fn run(
     request: &GroupRequest,
     out: &mut (dyn std::io::Write + Send),
 ) -> Result<(), OperatorError> {
-    let (headers, errors) = header::list(store).await?;
+    let (known_volumes, errors) = lifecycle::list(store).await.map_err(ChangeError::from)?;
     // One of another machine must not be in the way; one of this machine is missed below and named by `points`.
     for error in errors {
         tracing::warn!(%error, "a volume can't be looked at");
     }
     let (mut volumes, mut known) = (BTreeMap::new(), Vec::new());
-    for header in headers {
+    let there = known_volumes.into_iter().filter(|known| known.phase != Phase::Deleted);
+    for Known { header, .. } in there {
         if header.machine_name == request.machine || header.machine.to_string() == request.machine {
             let points = History::read(store, &header).await?.points();
             known.extend(points.iter().copied());
@@ -149,6 +152,40 @@ mod tests {
 
     use super::*;
     use crate::testing::World;
+
+    #[tokio::test]
+    async fn a_deleted_volume_is_not_restored_with_its_machine() {
+        let world = World::new().await;
+        let (mut key_file, mut gone) = (None, None);
+        for name in ["data", "gone"] {
+            let mut volume = FixtureVolume::create(&world.store, "web", name, 300_000).await;
+            volume.group_point = GroupId([1; 16]);
+            volume.capture(&image(300_000, 1), Some(Consistency::Crash)).await;
+            key_file.get_or_insert_with(|| world.key_file(&volume));
+            gone = Some(volume);
+        }
+        let gone = gone.expect("made");
+        lifecycle::set(&world.store, &gone.header, Phase::Deleted, "test", &gone.clock).await.expect("deleted");
+        let request = GroupRequest {
+            machine: "web".into(),
+            point: PointWanted::Latest,
+            key_file: key_file.expect("made"),
+            to_dir: world.path("restored"),
+            format: Format::Raw,
+            verify: false,
+            dry_run: false,
+            force: false,
+            state_dir: world.path("state"),
+            json: false,
+            budget_bytes: 64 << 20,
+        };
+        let mut out = Vec::new();
+        run(&world.store, &request, &mut out).await.expect("restored");
+        let files: Vec<_> = std::fs::read_dir(world.path("restored")).expect("a folder").flatten().collect();
+        assert_eq!(files.iter().map(std::fs::DirEntry::file_name).collect::<Vec<_>>(), ["data.img"]);
+        let said = String::from_utf8_lossy(&out).into_owned();
+        assert!(!said.contains("gone"), "{said}");
+    }
 
     #[tokio::test]
     async fn the_volumes_of_one_instant_are_restored_together_and_no_others() {
