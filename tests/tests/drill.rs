@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use blockferry_tests::loops::LoopDevice;
-use blockferry_tests::pair::{Pair, check, check_fails};
+use blockferry_tests::pair::{Pair, check, check_fails, wait_for};
+use blockferry_tests::protected::signal_process;
+use rustix::process::Signal;
 use serde_json::Value;
 
 const MIB: u64 = 1 << 20;
@@ -168,4 +170,59 @@ fn a_journal_that_was_not_played_back_is_no_fault_and_what_nobody_knows_is_no_pr
     check_fails("drill", &output, 3, &["machine/noise", "no file system was recognised"]);
     assert_eq!(proof(&pair, "noise"), "opened");
     nothing_is_left(&pair);
+}
+
+/// A program of this name for the drill, found before the system's: it notes its process id and then sleeps.
+fn sleeper(pair: &Pair, name: &str) -> (PathBuf, PathBuf) {
+    let (folder, note) = (pair.file(&format!("sleeping-{name}")), pair.file(&format!("{name}.pid")));
+    std::fs::create_dir(&folder).expect("room");
+    let script = format!("#!/bin/sh\necho $$ > {0}.new && mv {0}.new {0}\nexec sleep 600\n", note.display());
+    std::fs::write(folder.join(name), script).expect("room");
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(folder.join(name), executable).expect("ours");
+    (folder, note)
+}
+
+/// Starts a drill that comes as far as `program`, and sends it a signal there; its exit code.
+fn interrupted(pair: &Pair, program: &str, signal: Signal) -> Option<i32> {
+    let (folder, note) = sleeper(pair, program);
+    let mut command = pair.operator_command("drill");
+    command.args(["--volume", "disk", "--scratch"]).arg(pair.dir.path()).arg("--key-file").arg(pair.key_file());
+    let path = std::env::var("PATH").unwrap_or_default();
+    command.env("PATH", format!("{}:{path}", folder.display()));
+    let mut drill = command.spawn().expect("it starts");
+    let sleeping: u32 = wait_for("the drill to come so far", || std::fs::read_to_string(&note).ok())
+        .trim()
+        .parse()
+        .expect("a process id");
+    signal_process(drill.id(), signal);
+    let status = wait_for("the drill to end", || drill.try_wait().expect("a child can be asked"));
+    // It has no parent any more where the drill was killed.
+    if std::path::Path::new(&format!("/proc/{sleeping}")).exists() {
+        signal_process(sleeping, Signal::KILL);
+    }
+    status.code()
+}
+
+#[test]
+fn a_drill_that_is_told_to_end_leaves_nothing_and_what_a_killed_one_leaves_goes_with_the_next() {
+    let pair = Pair::start();
+    let disk = pair.file("disk.img");
+    std::fs::File::create(&disk).expect("writable").set_len(16 * MIB).expect("sized");
+    check("mkfs", &Command::new("mkfs.ext4").args(["-q", "-F"]).arg(&disk).output().expect("installed"));
+    let _ = pair.run_once("disk", &disk);
+
+    assert_eq!(interrupted(&pair, "e2fsck", Signal::TERM), Some(143));
+    nothing_is_left(&pair);
+    assert_eq!(proof(&pair, "disk"), "committed", "what was interrupted proves nothing");
+
+    // Killed while the file system is mounted: folder, mount and loop device stay.
+    assert_eq!(interrupted(&pair, "umount", Signal::KILL), None);
+    let mounts = || std::fs::read_to_string("/proc/mounts").expect("readable");
+    let folder = format!("{}/blockferry-drill", pair.dir.path().display());
+    assert!(mounts().contains(&folder), "it was killed too early to leave a mount");
+    let output = drill(&pair, "disk");
+    check("drill", &output);
+    nothing_is_left(&pair);
+    assert_eq!(proof(&pair, "disk"), "checked");
 }

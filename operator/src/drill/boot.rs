@@ -16,6 +16,7 @@ use super::filesystems::program;
 /// Said by machines that are up: a login prompt, or systemd on the way to one.
 const MARKERS: [&str; 4] =
     ["login:", "Reached target Multi-User", "Reached target Graphical", "Welcome to emergency mode"];
+const QEMU: &str = "qemu-system-x86_64";
 /// Console text kept for whoever wants to know why it did not come up.
 const KEPT_BYTES: usize = 16 << 10;
 /// How often a wish to end is looked for.
@@ -113,7 +114,17 @@ pub(super) fn boot(
 }
 
 fn start(disk: &Path, scratch: &Path, plan: &BootPlan) -> Result<Child, String> {
-    let mut qemu = program("qemu-system-x86_64");
+    if !is_installed(QEMU) {
+        return Err(format!("{QEMU} is not there: install it, or drill without --boot"));
+    }
+    // A drill that is killed takes its machine along, where util-linux is new enough to arrange it.
+    let mut qemu = if is_installed("setpriv") {
+        let mut setpriv = program("setpriv");
+        setpriv.args(["--pdeathsig", "KILL", QEMU]);
+        setpriv
+    } else {
+        program(QEMU)
+    };
     if plan.kvm {
         qemu.args(["-accel", "kvm", "-cpu", "host"]);
     } else {
@@ -133,7 +144,11 @@ fn start(disk: &Path, scratch: &Path, plan: &BootPlan) -> Result<Child, String> 
     }
     // The overlay is made where temporary files go, and may become large.
     qemu.env("TMPDIR", scratch).stdout(Stdio::piped()).stderr(Stdio::piped());
-    qemu.spawn().map_err(|error| format!("qemu-system-x86_64: {error}: install it, or drill without --boot"))
+    qemu.spawn().map_err(|error| format!("{QEMU}: {error}: install it, or drill without --boot"))
+}
+
+fn is_installed(name: &str) -> bool {
+    program(name).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok()
 }
 
 /// The marker that `text` holds: the one asked for, or any.

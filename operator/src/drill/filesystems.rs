@@ -7,9 +7,15 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use common::ops::shutdown::Shutdown;
 
 /// Most folders inside one another.
 const DEPTH_MAX: usize = 200;
+/// How often a wish to end is looked for while a checker runs.
+const LOOK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// What became of a part of the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -100,8 +106,15 @@ impl Drop for Mount {
     }
 }
 
-/// Looks at one part of `disk`; `mount_point` is an empty folder. An error is one of this machine, not of the disk.
-pub(super) fn look(disk: &Path, number: u32, range: Range<u64>, mount_point: &Path) -> Result<Part, String> {
+/// Looks at one part of `disk`; `mount_point` is an empty folder. An error is one of this machine, not of the disk. Once `shutdown`
+/// is requested it comes back early, and what it found is worth nothing.
+pub(super) fn look(
+    disk: &Path,
+    number: u32,
+    range: Range<u64>,
+    mount_point: &Path,
+    shutdown: &Shutdown,
+) -> Result<Part, String> {
     let device = Loop::attach(disk, &range)?;
     let (offset, bytes) = (range.start, range.end - range.start);
     let mut part =
@@ -112,7 +125,7 @@ pub(super) fn look(disk: &Path, number: u32, range: Range<u64>, mount_point: &Pa
     match (fact("USAGE"), part.kind.as_str()) {
         (_, "") => part.what = "nothing that blkid knows".into(),
         (_, "swap" | "swsuspend") => part.state = State::Skipped,
-        ("filesystem", _) => look_into(&device.0, mount_point, &mut part)?,
+        ("filesystem", _) => look_into(&device.0, mount_point, &mut part, shutdown)?,
         (_, kind) => part.what = format!("{kind} is not looked into"),
     }
     Ok(part)
@@ -131,7 +144,7 @@ fn probe(device: &str) -> Result<Vec<(String, String)>, String> {
     Ok(text.lines().filter_map(|line| line.split_once('=')).map(|(key, value)| (key.into(), value.into())).collect())
 }
 
-fn look_into(device: &str, mount_point: &Path, part: &mut Part) -> Result<(), String> {
+fn look_into(device: &str, mount_point: &Path, part: &mut Part, shutdown: &Shutdown) -> Result<(), String> {
     // The machine that made the point may be this one: xfs refuses the same file system twice unless told.
     let options = if part.kind == "xfs" { "ro,nodev,nosuid,noexec,nouuid" } else { "ro,nodev,nosuid,noexec" };
     let mut mount = program("mount");
@@ -145,7 +158,7 @@ fn look_into(device: &str, mount_point: &Path, part: &mut Part) -> Result<(), St
         return Ok(());
     }
     let mounted = Mount(mount_point.to_owned());
-    let counted = count_names(mount_point, 0);
+    let counted = count_names(mount_point, 0, shutdown);
     drop(mounted);
     match counted {
         Ok(names) => part.names = names,
@@ -160,7 +173,7 @@ fn look_into(device: &str, mount_point: &Path, part: &mut Part) -> Result<(), St
     };
     let mut check = program(command[0]);
     check.args(&command[1..]).arg(device);
-    match check.output() {
+    match output_until(check, shutdown) {
         Ok(output) if output.status.success() => part.state = State::Sound,
         Ok(output) => (part.state, part.what) = (State::Bad, format!("{}: {}", command[0], said(&output))),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
@@ -172,7 +185,7 @@ fn look_into(device: &str, mount_point: &Path, part: &mut Part) -> Result<(), St
 }
 
 /// Reads every folder below `folder`; the number of names in them.
-fn count_names(folder: &Path, depth: usize) -> Result<u64, String> {
+fn count_names(folder: &Path, depth: usize, shutdown: &Shutdown) -> Result<u64, String> {
     let wrong = |error: std::io::Error| format!("its folder {} can't be read: {error}", folder.display());
     if depth > DEPTH_MAX {
         return Err(format!("its folders are more than {DEPTH_MAX} deep"));
@@ -181,9 +194,12 @@ fn count_names(folder: &Path, depth: usize) -> Result<u64, String> {
     for entry in std::fs::read_dir(folder).map_err(wrong)? {
         let entry = entry.map_err(wrong)?;
         names += 1;
+        if shutdown.is_requested() {
+            break;
+        }
         // Not followed: links of the machine would lead out of its disk.
         if entry.file_type().map_err(wrong)?.is_dir() {
-            names += count_names(&entry.path(), depth + 1)?;
+            names += count_names(&entry.path(), depth + 1, shutdown)?;
         }
     }
     Ok(names)
@@ -197,7 +213,30 @@ pub(super) fn program(name: &str) -> Command {
     command
 }
 
-fn run(mut command: Command) -> Result<Output, String> {
+/// Runs a program to its end, or kills it once `shutdown` is requested.
+fn output_until(mut command: Command, shutdown: &Shutdown) -> std::io::Result<Output> {
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let pid = i32::try_from(child.id()).ok().and_then(rustix::process::Pid::from_raw);
+    let (sender, ended) = mpsc::sync_channel(1);
+    std::thread::spawn(move || {
+        let _ = sender.send(child.wait_with_output());
+    });
+    loop {
+        match ended.recv_timeout(LOOK_INTERVAL) {
+            Ok(output) => return output,
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Err(std::io::ErrorKind::BrokenPipe.into()),
+        }
+        // It has not been waited for yet, so the number is still its own.
+        if shutdown.is_requested()
+            && let Some(pid) = pid
+        {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+pub(super) fn run(mut command: Command) -> Result<Output, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     command.output().map_err(|error| format!("{name}: {error}"))
 }

@@ -4,13 +4,15 @@
 //! all names and let its checker judge it; with `--boot` start the disk in QEMU. What was shown is recorded beside the point: `checked`,
 //! `booted`.
 //!
-//! Promises: the scratch disk is sparse and removed in the end, whatever came out; nothing but the note of the proof is written to the store; a
+//! Promises: the scratch disk is sparse and removed in the end, whatever came out, a signal included; what a drill leaves that was
+//! killed, the next one in the same folder removes; nothing but the note of the proof is written to the store; a
 //! file system that is not sound fails the drill by name, and one that nobody here can judge makes it weaker (exit code 3), never better.
 //! Never: gives the started machine a network. Kernels parse what the disk holds: drill disks that you do not trust in a throwaway machine.
 
 mod boot;
 mod filesystems;
 mod partitions;
+mod scratch;
 
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
@@ -36,6 +38,7 @@ use crate::select::PointWanted;
 use crate::verify;
 use boot::{BootPlan, Booted};
 use filesystems::{Part, State};
+use scratch::Scratch;
 
 /// Why a drill failed, or is worth less than asked for.
 #[derive(Debug, thiserror::Error)]
@@ -128,7 +131,7 @@ pub(crate) struct DrillArgs {
     /// The key file made when the machine was registered, or a copy
     #[arg(long, value_name = "FILE", env = "BLOCKFERRY_KEY_FILE")]
     key_file: PathBuf,
-    /// Folder for the scratch disk, which takes as much space as the point has data; removed afterwards
+    /// Folder for the scratch disk, which takes as much space as the point has data; removed afterwards, and if this drill is killed by the next one
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     scratch: PathBuf,
     /// Start the disk in QEMU, without a network, until it shows on its serial console that it is up
@@ -181,29 +184,6 @@ struct DrillReport {
     drill_seconds: f64,
 }
 
-/// A folder that is removed when dropped.
-struct Scratch(PathBuf);
-
-impl Scratch {
-    fn make(parent: &Path) -> Result<Self, DrillError> {
-        let chance = common::rng::random::<8>().map_err(|error| DrillError::Machine { what: error.to_string() })?;
-        let path = parent.join(format!("blockferry-drill-{:016x}", u64::from_le_bytes(chance)));
-        let failed = |source| DrillError::Scratch { what: "make", path: path.clone(), source };
-        let mut builder = std::fs::DirBuilder::new();
-        std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-        builder.create(&path).map_err(failed)?;
-        Ok(Self(path))
-    }
-}
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            tracing::warn!(path = %self.0.display(), %error, "the scratch folder is left: remove it");
-        }
-    }
-}
-
 /// Drills as asked.
 ///
 /// # Errors
@@ -219,7 +199,7 @@ pub(crate) async fn run(
     let machine = |error: std::io::Error| DrillError::Machine { what: error.to_string() };
     let shutdown = Shutdown::install().map_err(machine)?;
     let scratch = Scratch::make(&args.scratch)?;
-    let disk = scratch.0.join("disk.img");
+    let disk = scratch.path().join("disk.img");
     let request = RestoreRequest {
         volume: args.volume.clone(),
         point,
@@ -229,7 +209,7 @@ pub(crate) async fn run(
         verify: false,
         dry_run: false,
         force: false,
-        state_dir: scratch.0.clone(),
+        state_dir: scratch.path().to_owned(),
         json: true,
         budget_bytes,
     };
@@ -252,10 +232,10 @@ pub(crate) async fn run(
     });
     let (asked, watched) = (args.boot, shutdown.clone());
     let looked = tokio::task::spawn_blocking(move || {
-        let parts = look(&disk, &scratch.0, &watched)?;
+        let parts = look(&disk, scratch.path(), &watched)?;
         let booted = match plan {
             Some(plan) if !parts.iter().any(|part| part.state == State::Bad) => {
-                Some(boot::boot(&disk, &scratch.0, &plan, &watched)?)
+                Some(boot::boot(&disk, scratch.path(), &plan, &watched)?)
             }
             _ => None,
         };
@@ -305,7 +285,7 @@ fn look(disk: &Path, scratch: &Path, shutdown: &Shutdown) -> Result<Vec<Part>, S
         if shutdown.is_requested() {
             break;
         }
-        parts.push(filesystems::look(disk, number, range, &mount_point)?);
+        parts.push(filesystems::look(disk, number, range, &mount_point, shutdown)?);
     }
     Ok(parts)
 }
