@@ -121,7 +121,7 @@ pub struct RunArgs {
     /// Congestion control of QUIC [default: cubic]
     #[arg(long, value_name = "cubic|bbr", env = "BLOCKFERRY_CONGESTION")]
     pub congestion: Option<Congestion>,
-    /// Silence after which a receiver is given up and another one of the fleet is sought, 2s to 10m [default: 30s]
+    /// Silence after which a receiver is given up and another one of the fleet is sought, 2s to 10m [default: 8s]
     #[arg(long, value_name = "TIME", env = "BLOCKFERRY_LINK_TIMEOUT")]
     pub link_timeout: Option<DurationText>,
     /// Send at most this much, such as 20MiB/s [default: no limit]

@@ -20,10 +20,19 @@ use crate::spec::{AppPoints, CaptureMode, Overload, Transport, VolumeSpec, ZstdL
 /// Reading for a verification, unless told otherwise: some disks are faster, but others work beside it.
 const VERIFY_RATE_DEFAULT: ByteRate = ByteRate(256 << 20);
 const METRICS_PORT_DEFAULT: u16 = 9465;
+/// Silence after which a receiver is given up, unless told otherwise: with what follows, a killed one is left within 15 s
+/// (`send/race.rs` has the sum). A link that was given up too early costs a handshake: nothing is sent again that was staged.
+pub const LINK_TIMEOUT: Duration = Duration::from_secs(8);
 /// The program, its threads' stacks and libraries' own memory; measured as resident memory of an idle sender, rounded up.
 const BASE_BYTES: u64 = 16 << 20;
 /// Largest share of the budget that QUIC's unacknowledged bytes may take, as a divisor.
 const QUIC_SHARE: u64 = 4;
+
+/// Silence after which a sender asks for a sign of life, a few times before it gives up.
+#[must_use]
+pub fn keep_alive(link_timeout: Duration) -> Duration {
+    QuicTuning::default().keep_alive.min(link_timeout / 4)
+}
 
 /// What is wrong with the configuration. All of it is exit code 2.
 #[derive(Debug, thiserror::Error)]
@@ -205,7 +214,7 @@ impl RunConfig {
             time("--point-interval", args.point_interval.or(file.point_interval), 30 * second, 30 * day)?;
         let epoch_interval = time("--epoch-interval", args.epoch_interval.or(file.epoch_interval), second, day)?;
         let freeze_limit = time("--freeze-limit", args.freeze_limit.or(file.freeze_limit), tenth, 30 * second)?;
-        let link_timeout = time("--link-timeout", args.link_timeout.or(file.link_timeout), 30 * second, 600 * second)?;
+        let link_timeout = time("--link-timeout", args.link_timeout.or(file.link_timeout), LINK_TIMEOUT, 600 * second)?;
         if link_timeout < 2 * second {
             return Err(invalid(format!("--link-timeout {}: expected at least 2s", DurationText(link_timeout))));
         }
@@ -224,7 +233,7 @@ impl RunConfig {
             connection_window_bytes: 1 << 20,
             congestion,
             idle_timeout: link_timeout,
-            keep_alive: QuicTuning::default().keep_alive.min(link_timeout / 4),
+            keep_alive: keep_alive(link_timeout),
             ..QuicTuning::default()
         };
         let memory = MemoryTable::new(total)

@@ -8,13 +8,14 @@ use common::net::resolve::HostPort;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use super::race::race;
 use super::{LinkState, Route};
 
 /// A connection that lived this long counts as a success: the next wait is short again.
 const LASTED: Duration = Duration::from_secs(10);
 
 /// Longest wait after a connection broke that stood for a while, where there is another receiver to go to.
-const ELSEWHERE_WAIT_MAX: Duration = Duration::from_secs(1);
+pub(super) const ELSEWHERE_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// The close code by which a receiver says that this machine may not send: `CLOSED_NOT_ALLOWED` of its `accept`.
 const CLOSED_NOT_ALLOWED: quinn::VarInt = quinn::VarInt::from_u32(2);
@@ -101,20 +102,23 @@ pub(super) async fn keep(
     }
 }
 
-/// Tries each receiver once, in the order of the choice. One that does not answer is waited for no longer than a connection
-/// may be silent.
+/// Tries the receivers, in the order of the choice. One that does not answer is waited for no longer than a connection may be
+/// silent, and not alone.
 async fn connect(route: &Route) -> Result<(HostPort, quinn::Connection), String> {
-    let mut tried = Vec::new();
-    for host in route.choice.order(random(), tokio::time::Instant::now()) {
-        let tls = route.tls.borrow().clone();
-        let connecting = quic::connect(&route.endpoint, &host, tls, &route.tuning);
-        match tokio::time::timeout(route.tuning.idle_timeout, connecting).await {
-            Ok(Ok(connection)) => return Ok((host, connection)),
-            Ok(Err(error)) => tried.push(error.to_string()),
-            Err(_) => tried.push(format!("{host}: no answer in {} s", route.tuning.idle_timeout.as_secs())),
+    let hosts = route.choice.order(random(), tokio::time::Instant::now());
+    let attempt = |number: usize| {
+        let host = hosts[number].clone();
+        async move {
+            let tls = route.tls.borrow().clone();
+            let connecting = quic::connect(&route.endpoint, &host, tls, &route.tuning);
+            match tokio::time::timeout(route.tuning.idle_timeout, connecting).await {
+                Ok(connected) => connected.map_err(|error| error.to_string()),
+                Err(_) => Err(format!("{host}: no answer in {} s", route.tuning.idle_timeout.as_secs())),
+            }
         }
-    }
-    Err(tried.join("; "))
+    };
+    let (number, connection) = race(hosts.len(), attempt).await.map_err(|tried| tried.join("; "))?;
+    Ok((hosts[number].clone(), connection))
 }
 
 /// Bits for jitter; where the system has none, no jitter.

@@ -13,6 +13,7 @@
 
 mod choice;
 mod connection;
+mod race;
 mod volume;
 
 use std::sync::Arc;
