@@ -14,7 +14,7 @@ use common::budget::{Budget, BudgetError, Permit};
 use common::error::{Dispose, Disposition};
 use common::limits::{BLOCK_BYTES, PAGE_BYTES};
 use common::ops::progress::Progress;
-use futures::StreamExt as _;
+use tokio::task::{JoinError, JoinSet};
 
 use super::plan::{LiveRecord, Plan};
 use super::readback::Sums;
@@ -113,23 +113,34 @@ impl Fetcher {
                 pending.push(number);
             }
         }
-        let mut running = futures::stream::iter(pending)
-            .map(|number| {
-                let (this, plan, sums) = (Arc::clone(self), Arc::clone(plan), sums.cloned());
-                async move { this.restore(&plan, number, sums).await.map(|()| number) }
-            })
-            .buffer_unordered(FETCHES_IN_PARALLEL);
+        // Tasks of their own, so that all cores receive, and go on while what was written is synced.
+        let (mut running, mut saving) = (JoinSet::new(), JoinSet::new());
+        let mut pending = pending.into_iter();
         let mut unsaved = 0;
-        while let Some(done) = running.next().await {
-            let number = done?;
+        loop {
+            while running.len() < FETCHES_IN_PARALLEL
+                && let Some(number) = pending.next()
+            {
+                let (this, plan, sums) = (Arc::clone(self), Arc::clone(plan), sums.cloned());
+                running.spawn(async move { this.restore(&plan, number, sums).await.map(|()| number) });
+            }
+            let Some(done) = running.join_next().await else { break };
+            let number = joined(done)?;
             state.done[number] = true;
             unsaved += plan.items[number].range.end - plan.items[number].range.start;
             if unsaved >= SAVE_BYTES {
-                self.save(state).await?;
                 unsaved = 0;
+                if let Some(saved) = saving.join_next().await {
+                    joined(saved)?;
+                }
+                // As of now: what is done later is not in it, whether the sync reaches it or not.
+                let (this, state) = (Arc::clone(self), state.clone());
+                saving.spawn(async move { this.save(&state).await });
             }
         }
-        drop(running);
+        if let Some(saved) = saving.join_next().await {
+            joined(saved)?;
+        }
         self.save(state).await?;
         for number in plan.first_block_from..plan.items.len() {
             self.restore(plan, number, sums.cloned()).await?;
@@ -224,8 +235,9 @@ fn live_bytes(records: &[LiveRecord]) -> u64 {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, FetchError> + Send + 'static,
 ) -> Result<T, FetchError> {
-    match tokio::task::spawn_blocking(work).await {
-        Ok(result) => result,
-        Err(error) => Err(FetchError::Worker(error.to_string())),
-    }
+    joined(tokio::task::spawn_blocking(work).await)
+}
+
+fn joined<T>(ended: Result<Result<T, FetchError>, JoinError>) -> Result<T, FetchError> {
+    ended.unwrap_or_else(|error| Err(FetchError::Worker(error.to_string())))
 }
